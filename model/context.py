@@ -1,0 +1,64 @@
+"""What a layer may know of its rows besides their hidden states, and the dropout that depends on nothing else.
+
+Dropout masks are a function of (seed, step, site, depth, position, offset in the row, channel): the same at every layout, under
+recompute, and after a resume. So no generator has a state that a checkpoint would have to keep.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK_32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class BatchContext:
+    """Facts about the B rows of a forward pass.
+
+    positions_B: int64, the data position of each row. attention_mask_B1SS: bool, True where a query (third axis) may look at a key
+    (fourth); None means plain causal. seed and step choose the dropout masks.
+    """
+
+    positions_B: Tensor
+    attention_mask_B1SS: Tensor | None
+    seed: int
+    step: int
+
+
+def document_mask(document_ids_BS: Tensor) -> Tensor:
+    """bool (B, 1, S, S): causal, and inside one document."""
+    length = document_ids_BS.shape[1]
+    causal_SS = torch.ones(length, length, dtype=torch.bool, device=document_ids_BS.device).tril()
+    return (document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :]) & causal_SS
+
+
+def dropout(x_BSC: Tensor, context: BatchContext, *, probability: float, site: str, depth: int) -> Tensor:
+    """Zeroes each element with `probability` and scales the rest by 1 / (1 - probability). Call it only in training."""
+    if probability == 0.0:
+        return x_BSC
+    keep_BSC = keep_mask(context, x_BSC.shape[1], x_BSC.shape[2], probability=probability, site=site, depth=depth)
+    return x_BSC * keep_BSC.to(x_BSC.dtype) / (1.0 - probability)
+
+
+def keep_mask(
+    context: BatchContext, length: int, channels: int, *, probability: float, site: str, depth: int
+) -> Tensor:
+    """bool (B, length, channels), True with chance 1 - probability, by hashing the coordinates of each element."""
+    digest = hashlib.blake2b(f"{context.seed}/{context.step}/{site}/{depth}".encode(), digest_size=4).digest()
+    key = int.from_bytes(digest, "little")
+    positions_B = context.positions_B
+    device = positions_B.device
+    row_B = _mix(_mix((positions_B & _MASK_32) ^ key) ^ (positions_B >> 32))
+    offset_BS = _mix(row_B[:, None] ^ _mix(torch.arange(length, device=device)))
+    element_BSC = _mix(offset_BS[:, :, None] ^ _mix(torch.arange(channels, device=device) + _MASK_32 // 2))
+    return element_BSC >= int(probability * (_MASK_32 + 1))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit finaliser with little bias (xor-shift-multiply) of the low 32 bits of an int64 tensor."""
+    x = x & _MASK_32  # a copy, changed in place from here on: half the time of new tensors
+    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(_MASK_32)
+    x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(_MASK_32)
+    return x.bitwise_xor_(x >> 16)

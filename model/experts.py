@@ -1,0 +1,45 @@
+"""What routed rows go through at the owner of their experts: gather, grouped_matmul, gate, sum per output row.
+
+Called by switchhead.py and sigma_moe.py between dispatch and combine. The gate is applied on the narrow side of the matmul, where it
+is cheapest, and the copies of one output row are summed here, before anything travels back. Later fused kernels replace these
+functions one by one; their names and arguments stay.
+
+Shape letters: R received rows, C routed copies held here, L local groups, F expert width, P output rows, X and Y any widths.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.grouped_matmul import grouped_matmul
+from model.dispatch import LocalPlan
+
+
+def project_then_gate(rows_RX: Tensor, weight_LXY: Tensor, plan: LocalPlan, *, backend: str) -> Tensor:
+    """sum over copies of gate * (row @ W[group]), gate after the matmul: for Y < X (SwitchHead's values). Gives (P, Y)."""
+    copies_CX = rows_RX[plan.row_index_C]
+    projected_CY = grouped_matmul(copies_CX, weight_LXY, offsets_G=plan.offsets_L, backend=backend)
+    return _sum_per_output(projected_CY * plan.gates_C[:, None], plan, dtype=projected_CY.dtype)
+
+
+def gate_then_project(rows_RX: Tensor, weight_LXY: Tensor, plan: LocalPlan, *, backend: str) -> Tensor:
+    """sum over copies of (gate * row) @ W[group], gate before the matmul: for X < Y (SwitchHead's outputs). Gives (P, Y)."""
+    copies_CX = rows_RX[plan.row_index_C]
+    gated_CX = (copies_CX * plan.gates_C[:, None]).to(copies_CX.dtype)
+    projected_CY = grouped_matmul(gated_CX, weight_LXY, offsets_G=plan.offsets_L, backend=backend)
+    return _sum_per_output(projected_CY, plan, dtype=projected_CY.dtype)
+
+
+def gated_mlp(rows_RD: Tensor, up_LDF: Tensor, down_LFD: Tensor, plan: LocalPlan, *, backend: str) -> Tensor:
+    """sum over copies of (gate * relu(row @ W1[group])) @ W2[group] (sigma-MoE, arXiv 2310.10837). Gives (P, D)."""
+    copies_CD = rows_RD[plan.row_index_C]
+    hidden_CF = grouped_matmul(copies_CD, up_LDF, offsets_G=plan.offsets_L, backend=backend).relu()
+    gated_CF = (hidden_CF * plan.gates_C[:, None]).to(hidden_CF.dtype)
+    projected_CD = grouped_matmul(gated_CF, down_LFD, offsets_G=plan.offsets_L, backend=backend)
+    return _sum_per_output(projected_CD, plan, dtype=projected_CD.dtype)
+
+
+def _sum_per_output(copies_CY: Tensor, plan: LocalPlan, *, dtype: torch.dtype) -> Tensor:
+    """Sums in float32 at least, then rounds once to `dtype`, the width that travels."""
+    sum_dtype = torch.promote_types(copies_CY.dtype, torch.float32)
+    sums_PY = copies_CY.new_zeros(plan.num_outputs, copies_CY.shape[1], dtype=sum_dtype)
+    return sums_PY.index_add(0, plan.output_index_C, copies_CY.to(sum_dtype)).to(dtype)

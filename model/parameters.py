@@ -1,0 +1,162 @@
+"""Logical parameters: what a weight is called, how large it is in all, how it is drawn, and which part of it lives here.
+
+A *logical parameter* is a weight as one process would hold it: all experts, no padding. Modules declare theirs on the meta device;
+`parallel/parallelize.py` may narrow an expert bank to the groups of this rank; `materialize` then draws what is owned here. Every
+block (one expert group, else the whole tensor) has its own generator seeded by (seed, name, block), so the values are the same at
+every layout and no rank draws what it does not own. Checkpoints speak of the same names and shapes (model/fragments.py).
+
+Does not own: the optimizer's storage of these weights (train/engine.py, parallel/zero.py).
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Initializer = Callable[[tuple[int, ...], torch.Generator], Tensor]
+
+
+def normal(std: float) -> Initializer:
+    """Draws N(0, std^2)."""
+    return lambda shape, generator: torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def truncated_normal(std: float) -> Initializer:
+    """Draws a normal cut at two standard deviations, then scaled so that the tensor's own standard deviation is `std`."""
+
+    def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        values = nn.init.trunc_normal_(torch.empty(shape), generator=generator)
+        return values * (std / values.std())
+
+    return draw
+
+
+def zeros(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.zeros(shape)
+
+
+def ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.ones(shape)
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """What a declared parameter is: `shape` in all (no padding), and how a block of it is drawn."""
+
+    shape: tuple[int, ...]
+    draw: Initializer
+
+
+class DeclaringModule(nn.Module):
+    """A module that declares its parameters instead of making them: they stay on the meta device until `materialize`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.specs: dict[str, ParameterSpec] = {}
+
+    def declare(self, name: str, shape: tuple[int, ...], draw: Initializer) -> None:
+        self.specs[name] = ParameterSpec(shape, draw)
+        self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
+
+
+class ExpertBank(DeclaringModule):
+    """The stacked weights of G expert groups, of which this process holds `num_local` beginning with global group `first_group`.
+
+    Declared whole: `weight_name -> (shape of one group, initializer)`. On one process num_local = G. `shard` narrows the bank to one
+    rank of an expert group: L = ceil(G / size) groups on every rank, the padding at the end of the global order, so that all ranks
+    hold tensors of one shape; a rank may hold nothing but padding. Padding is zero, cannot be selected and is never saved.
+    """
+
+    def __init__(self, num_groups: int, weights: dict[str, tuple[tuple[int, ...], Initializer]]) -> None:
+        super().__init__()
+        self.num_groups = num_groups
+        self.first_group = 0
+        self.num_local = num_groups
+        for name, (shape, draw) in weights.items():
+            self.declare(name, (num_groups, *shape), draw)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The local weights by name, (num_local, ...) each."""
+        return dict(self.named_parameters(recurse=False))
+
+    def shard(self, *, rank: int, size: int) -> None:
+        """Keeps the groups of rank `rank` of `size`; owner of group g = g div L. Must come before `materialize`."""
+        self.num_local = math.ceil(self.num_groups / size)
+        self.first_group = rank * self.num_local
+        for name, spec in self.specs.items():
+            shape = (self.num_local, *spec.shape[1:])
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
+
+
+@dataclass(frozen=True)
+class LogicalParameter:
+    """A declared parameter found in a model: its name, its spec, the module that holds it and the elements that this process has."""
+
+    name: str
+    spec: ParameterSpec
+    module: DeclaringModule
+    attribute: str
+
+    @property
+    def tensor(self) -> nn.Parameter:
+        return getattr(self.module, self.attribute)
+
+    @property
+    def start(self) -> int:
+        """Offset of the local tensor's first element in the flat logical tensor."""
+        if not isinstance(self.module, ExpertBank):
+            return 0
+        return self.module.first_group * math.prod(self.spec.shape[1:])
+
+    @property
+    def numel(self) -> int:
+        """Elements of the local tensor that are not padding."""
+        return max(0, min(self.tensor.numel(), math.prod(self.spec.shape) - self.start))
+
+
+def logical_parameters(model: nn.Module) -> Iterator[LogicalParameter]:
+    """Every parameter of `model` in module order, which is the same at every layout.
+
+    Raises:
+        RuntimeError: a parameter was made without being declared: it would be missing from checkpoints.
+    """
+    for path, module in model.named_modules():
+        for attribute, _ in module.named_parameters(recurse=False):
+            name = f"{path}.{attribute}" if path else attribute
+            if not isinstance(module, DeclaringModule) or attribute not in module.specs:
+                raise RuntimeError(f"every parameter must be declared, but {name} was not: use DeclaringModule.declare")
+            yield LogicalParameter(name, module.specs[attribute], module, attribute)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of weights in all: every expert once, no padding, whatever this process holds."""
+    return sum(math.prod(parameter.spec.shape) for parameter in logical_parameters(model))
+
+
+def materialize(
+    model: nn.Module, *, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> None:
+    """Allocates and draws every parameter held here. Blocks are drawn on the CPU in float32 so that all devices agree."""
+    for parameter in list(logical_parameters(model)):
+        values = torch.zeros(parameter.tensor.shape, dtype=dtype, device=device)
+        for block, target in _local_blocks(parameter, values):
+            generator = torch.Generator().manual_seed(_block_seed(seed, parameter.name, block))
+            target.copy_(parameter.spec.draw(tuple(target.shape), generator))
+        setattr(parameter.module, parameter.attribute, nn.Parameter(values))
+
+
+def _local_blocks(parameter: LogicalParameter, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+    if not isinstance(parameter.module, ExpertBank):
+        yield 0, values
+        return
+    first = parameter.module.first_group
+    for local in range(max(0, min(parameter.module.num_local, parameter.module.num_groups - first))):
+        yield first + local, values[local]
+
+
+def _block_seed(seed: int, name: str, block: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # torch takes seeds below 2**63

@@ -1,0 +1,95 @@
+"""What routed copies go through at the owner of their experts, against loops; and the identity of the gates' gradient."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.dispatch import LocalPlan
+from model.experts import gate_then_project, gated_mlp, project_then_gate
+from tests.model.build import normal
+
+GROUP_SIZES = [3, 0, 4]
+ROW_OF_COPY = [0, 2, 1, 1, 1, 0, 3]
+OUTPUT_OF_COPY = [4, 4, 0, 1, 4, 0, 1]  # outputs 2 and 3 get nothing
+GROUP_OF_COPY = [group for group, size in enumerate(GROUP_SIZES) for _ in range(size)]
+
+
+def plan(gates_C: Tensor, *, num_copies: int = 7) -> LocalPlan:
+    return LocalPlan(
+        row_index_C=torch.tensor(ROW_OF_COPY[:num_copies], dtype=torch.int64),
+        output_index_C=torch.tensor(OUTPUT_OF_COPY[:num_copies], dtype=torch.int64),
+        gates_C=gates_C,
+        offsets_L=torch.tensor(GROUP_SIZES).cumsum(0).clamp(max=num_copies).int(),
+        num_outputs=5,
+    )
+
+
+def expert(name: str, x: Tensor, weights: list[Tensor]) -> Tensor:
+    return torch.relu(x @ weights[0]) @ weights[1] if name == "gated_mlp" else x @ weights[0]
+
+
+CASES = pytest.mark.parametrize(
+    ("name", "shapes"),
+    [("project_then_gate", [(6, 4)]), ("gate_then_project", [(6, 9)]), ("gated_mlp", [(6, 5), (5, 6)])],
+)
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "project_then_gate": project_then_gate,
+    "gate_then_project": gate_then_project,
+    "gated_mlp": gated_mlp,
+}
+
+
+@CASES
+def test_the_result_is_the_sum_over_copies_of_gate_times_the_experts_output(name: str, shapes):
+    """Also where the function applies the gate before the matmul or on the hidden activations."""
+    rows, gates = normal(4, 6), normal(7, seed=1)
+    weights = [normal(3, *shape, seed=2 + i) for i, shape in enumerate(shapes)]
+    expected = torch.zeros(5, shapes[-1][1], dtype=torch.float64)
+    for copy, (row, output, group) in enumerate(zip(ROW_OF_COPY, OUTPUT_OF_COPY, GROUP_OF_COPY, strict=True)):
+        expected[output] += gates[copy] * expert(name, rows[row], [weight[group] for weight in weights])
+    found = FUNCTIONS[name](rows, *weights, plan(gates), backend="reference")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+@CASES
+def test_the_gradient_of_a_gate_is_its_experts_output_dotted_with_the_outputs_gradient(name: str, shapes):
+    """dgate = (x W) . dY = x . (W dY)."""
+    rows, gates = normal(4, 6), normal(7, seed=1).requires_grad_()
+    weights = [normal(3, *shape, seed=2 + i) for i, shape in enumerate(shapes)]
+    gradient = normal(5, shapes[-1][1], seed=9)
+    FUNCTIONS[name](rows, *weights, plan(gates), backend="reference").backward(gradient)
+    assert gates.grad is not None
+    for copy, (row, output, group) in enumerate(zip(ROW_OF_COPY, OUTPUT_OF_COPY, GROUP_OF_COPY, strict=True)):
+        own = [weight[group] for weight in weights]
+        forward = expert(name, rows[row], own) @ gradient[output]
+        inner = torch.relu(rows[row] @ own[0]) if name == "gated_mlp" else rows[row]
+        backward = inner @ (own[-1] @ gradient[output])
+        torch.testing.assert_close(gates.grad[copy], forward, rtol=0, atol=1e-13)
+        torch.testing.assert_close(gates.grad[copy], backward, rtol=0, atol=1e-13)
+
+
+@CASES
+def test_an_owner_that_receives_nothing_answers_zeros_that_stay_in_the_graph(name: str, shapes):
+    rows, gates = normal(0, 6).requires_grad_(), normal(0).requires_grad_()
+    weights = [normal(3, *shape).requires_grad_() for shape in shapes]
+    found = FUNCTIONS[name](rows, *weights, plan(gates, num_copies=0), backend="reference")
+    assert torch.equal(found, torch.zeros(5, shapes[-1][1], dtype=torch.float64))
+    found.sum().backward()
+    assert rows.grad is not None
+    assert gates.grad is not None
+    for weight in weights:
+        assert weight.grad is not None
+        assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("name", ["project_then_gate", "gate_then_project"])
+def test_copies_of_one_output_row_are_summed_in_float32_and_rounded_once(name: str):
+    """A running sum in bfloat16 would stay at 256."""
+    copies = torch.zeros(300, dtype=torch.int64)
+    many = LocalPlan(copies, copies, torch.ones(300), torch.tensor([300], dtype=torch.int32), 1)
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    found = FUNCTIONS[name](one, one[None], many, backend="reference")
+    assert found.dtype == torch.bfloat16
+    assert found.item() == 300

@@ -1,0 +1,155 @@
+"""Logical parameters: equal values at every sharding, padding, names and counts."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.parameters import (
+    DeclaringModule,
+    ExpertBank,
+    count_parameters,
+    logical_parameters,
+    materialize,
+    normal,
+    ones,
+    truncated_normal,
+    zeros,
+)
+from model.transformer import Transformer
+from tests.model.build import VOCABULARY, model_config, switchall_config
+
+SIZES = pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+
+
+def model(*, rank: int = 0, size: int = 1, seed: int = 5) -> Any:
+    """A SwitchAll with 6 groups in its attention banks and 5 in its MLP bank, sharded as parallel/ does it."""
+    built = Transformer(switchall_config(), vocab_size=VOCABULARY, backend="reference")
+    for module in built.modules():
+        if isinstance(module, ExpertBank):
+            module.shard(rank=rank, size=size)
+    materialize(built, seed=seed)
+    return built
+
+
+def blocks(built: nn.Module) -> dict[tuple[str, int], Tensor]:
+    """Every separately drawn block by (name, expert group), constants left out."""
+    found = {}
+    for parameter in logical_parameters(built):
+        if parameter.spec.draw not in (zeros, ones):
+            parts = parameter.tensor if isinstance(parameter.module, ExpertBank) else [parameter.tensor]
+            found |= {(parameter.name, group): part.detach() for group, part in enumerate(parts)}
+    return found
+
+
+@SIZES
+def test_the_owned_groups_of_all_ranks_are_the_unsharded_bank_bit_for_bit_and_the_padding_is_zero(size: int):
+    whole = {parameter.name: parameter for parameter in logical_parameters(model())}
+    ranks = [list(logical_parameters(model(rank=rank, size=size))) for rank in range(size)]
+    for of_all_ranks in zip(*ranks, strict=True):
+        expected = whole[of_all_ranks[0].name]
+        if isinstance(expected.module, ExpertBank):
+            groups = expected.tensor.shape[0]
+            joined = torch.cat([part.tensor for part in of_all_ranks])
+            assert joined.shape[0] == math.ceil(groups / size) * size
+            assert torch.equal(joined[:groups], expected.tensor)
+            assert not joined[groups:].any()
+        else:
+            assert all(torch.equal(part.tensor, expected.tensor) for part in of_all_ranks)
+
+
+@SIZES
+def test_the_ranges_of_all_ranks_cover_every_logical_element_once(size: int):
+    ranks = [list(logical_parameters(model(rank=rank, size=size))) for rank in range(size)]
+    for of_all_ranks in zip(*ranks, strict=True):
+        elements = math.prod(of_all_ranks[0].spec.shape)
+        if isinstance(of_all_ranks[0].module, ExpertBank):
+            covered = [i for part in of_all_ranks for i in range(part.start, part.start + part.numel)]
+            assert covered == list(range(elements))
+        else:
+            assert {(part.start, part.numel) for part in of_all_ranks} == {(0, elements)}
+
+
+def test_a_rank_may_hold_nothing_but_padding():
+    bank = ExpertBank(5, {"up": ((2, 3), normal(1.0)), "down": ((3, 2), normal(1.0))})
+    bank.shard(rank=6, size=7)
+    materialize(bank, seed=1)
+    assert (bank.num_local, bank.first_group) == (1, 6)
+    assert torch.equal(bank.get_parameter("up"), torch.zeros(1, 2, 3))
+    assert [parameter.numel for parameter in logical_parameters(bank)] == [0, 0]
+    assert count_parameters(bank) == 60
+
+
+@pytest.mark.parametrize(("size", "rank"), [(2, 1), (4, 0), (4, 3), (7, 6)])
+def test_names_shapes_order_and_count_do_not_depend_on_the_sharding(size: int, rank: int):
+    def described(built: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+        return [(parameter.name, parameter.spec.shape) for parameter in logical_parameters(built)]
+
+    assert described(model(rank=rank, size=size)) == described(model())
+    assert count_parameters(model(rank=rank, size=size)) == count_parameters(model())
+
+
+def test_the_count_is_that_of_the_tensors_of_one_process():
+    assert count_parameters(model()) == sum(parameter.numel() for parameter in model().parameters())
+
+
+def test_names_are_paths_and_every_parameter_has_one():
+    built = Transformer(model_config(), vocab_size=VOCABULARY, backend="reference")
+    named = dict(built.named_parameters())
+    assert [parameter.name for parameter in logical_parameters(built)] == list(named)
+    assert all(parameter.tensor is named[parameter.name] for parameter in logical_parameters(built))
+
+
+def test_no_two_blocks_are_drawn_alike_even_with_the_same_shape():
+    found = blocks(model())
+    assert len({tuple(block.flatten()[:4].tolist()) for block in found.values()}) == len(found) > 50
+
+
+def test_the_same_seed_draws_the_same_weights_and_another_seed_others():
+    first, again, other = blocks(model()), blocks(model()), blocks(model(seed=6))
+    for name, block in first.items():
+        assert torch.equal(block, again[name])
+        assert not (block == other[name]).any()
+
+
+def test_drawing_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    model()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_float64_weights_are_the_float32_weights_exactly():
+    narrow, wide = model(), model()
+    materialize(wide, seed=5, dtype=torch.float64)
+    for left, right in zip(narrow.parameters(), wide.parameters(), strict=True):
+        assert right.dtype == torch.float64
+        assert torch.equal(left.double(), right)
+
+
+def test_nothing_is_allocated_before_materialize():
+    built = Transformer(model_config(), vocab_size=VOCABULARY, backend="reference")
+    assert all(parameter.is_meta for parameter in built.parameters())
+
+
+def test_truncated_normal_is_cut_at_two_sigma_and_has_exactly_the_wanted_standard_deviation():
+    values = truncated_normal(0.3)((200, 100), torch.Generator().manual_seed(1)).double()
+    assert values.std().item() == pytest.approx(0.3, rel=1e-5)
+    cut = 2 / 0.8796  # a normal cut at two sigma has a standard deviation of 0.8796
+    assert 0.98 * cut < (values.abs().max() / 0.3).item() < 1.01 * cut
+
+
+def test_a_parameter_that_was_not_declared_is_refused_by_name():
+    built = model()
+    built.layers[1].extra = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match=r"layers\.1\.extra\.weight was not: use DeclaringModule\.declare"):
+        count_parameters(built)
+
+
+def test_a_declared_parameter_is_known_by_its_full_shape():
+    module = DeclaringModule()
+    module.declare("table", (3, 4), normal(1.0))
+    assert [(p.name, p.spec.shape, p.start, p.numel) for p in logical_parameters(module)] == [("table", (3, 4), 0, 12)]
