@@ -1,0 +1,241 @@
+"""DeepSpeed's ZeRO engine behind the interface of train/engine.py. Every private name of DeepSpeed that we touch is in this file.
+
+What DeepSpeed does silently wrong for us, and what is done about it (each has a test in tests/parallel/test_zero.py):
+- experts are found only through a module of its own MoE class: `mark_experts` adds one empty child of it;
+- `gradient_clipping` left out means 1.0: it is always written;
+- at stage 0 the norm that it clips by is wrong under expert parallelism: there we clip ourselves, and its clipping is 0.0;
+- `round_robin_gradients` corrupts the map from weights to partitions: refused by being written as false, and the map is checked.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.context import BatchContext
+from model.fragments import Fragment, create_state, fragment, set_step_count, share
+from model.parameters import ExpertBank, LogicalParameter, logical_parameters
+from model.transformer import ModelOutput, Transformer
+from parallel.mesh import Mesh
+
+
+def _import_deepspeed() -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch 2.13 renamed; nothing to be done about it here
+    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+
+    # its first init would compile a C++ op that only inference uses: 32 to 50 s on a CPU. Found in sys.modules, because the
+    # attribute deepspeed.comm.torch is torch itself
+    backend: Any = sys.modules["deepspeed.comm.torch"]
+    backend.build_shm_op = lambda: None
+    return deepspeed
+
+
+def mark_experts(model: Transformer, mesh: Mesh) -> None:
+    """Tags the banks' parameters as expert-parallel and tells DeepSpeed the groups of the mesh."""
+    _import_deepspeed()
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups
+
+    group_name = f"ep_size_{mesh.ep_size}"
+    for module in model.modules():
+        if isinstance(module, ExpertBank):
+            parameter: Any
+            for parameter in module.parameters(recurse=False):
+                parameter.allreduce = False
+                parameter.group_name = group_name
+
+    class ExpertMarker(MoE):
+        """No parameters and no forward: its class alone makes the engine look for tagged parameters."""
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.ep_size = mesh.ep_size
+            self.num_experts = mesh.ep_size
+            self.num_local_experts = 1
+            self.expert_group_name = group_name
+
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+            groups._EXPERT_PARALLEL_GROUP[group_name] = mesh.expert_group
+            groups._EXPERT_PARALLEL_GROUP_RANKS[group_name] = dist.get_process_group_ranks(mesh.expert_group)
+            groups._EXPERT_DATA_PARALLEL_GROUP[group_name] = mesh.expert_data_group
+            groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[group_name] = dist.get_process_group_ranks(mesh.expert_data_group)
+
+    model.add_module("expert_marker", ExpertMarker())
+
+
+class ZeroEngine:
+    """train.engine.Engine on DeepSpeed: gradients averaged over all ranks, optimizer sharded by ZeRO stage 0, 1 or 2.
+
+    `optimizer` must come from named groups (train/optimizer.py); groups with experts are split off here. After construction the
+    optimizer state exists on every rank.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        groups: list[dict[str, Any]],
+        build_optimizer: Any,
+        *,
+        mesh: Mesh,
+        stage: int,
+        clip_grad_norm: float,
+        accumulation_steps: int,
+        dtype: torch.dtype,
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+        from deepspeed.utils import groups as deepspeed_groups
+
+        self.model = model
+        self.mesh = mesh
+        self.stage = stage
+        self.clip_grad_norm = clip_grad_norm
+        deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        deepspeed_groups._WORLD_GROUP = mesh.world_group  # the mesh's communicator instead of a clone of the world
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(split_params_into_different_moe_groups_for_optimizer(groups)),
+            config=_deepspeed_config(
+                stage=stage, clip_grad_norm=clip_grad_norm, accumulation_steps=accumulation_steps, dtype=dtype
+            ),
+        )
+        wrapper = self._deepspeed.optimizer
+        self.optimizer: torch.optim.Optimizer = wrapper.optimizer if stage > 0 else wrapper
+        create_state(self.optimizer)
+        self._check_partition_map()
+
+    def forward(self, tokens_BS: Tensor, context: BatchContext) -> ModelOutput:
+        return self._deepspeed(tokens_BS, context)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._deepspeed.backward(loss)
+        if not last:
+            self._deepspeed.step()  # between boundaries this only counts the micro-step
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._clip() if self.stage == 0 else None
+        self._deepspeed.step()
+        return norm if norm is not None else float(self._deepspeed.get_global_grad_norm())
+
+    def _clip(self) -> float:
+        """Stage 0: the true global norm (experts summed over the expert group: 4 bytes of all-reduce), and clipping by it."""
+        dense, experts = torch.zeros((), device=self.mesh.device), torch.zeros((), device=self.mesh.device)
+        gradients = []
+        for parameter in logical_parameters(self.model):
+            gradient = parameter.tensor.grad
+            if gradient is not None:
+                gradients.append(gradient)
+                (experts if self._is_split(parameter) else dense).add_(gradient.float().square().sum())
+        if self.mesh.ep_size > 1:
+            dist.all_reduce(experts, group=self.mesh.expert_group)
+        norm = float((dense + experts).sqrt())
+        if self.clip_grad_norm > 0 and norm > self.clip_grad_norm:
+            for gradient in gradients:
+                gradient.mul_(self.clip_grad_norm / (norm + 1e-6))
+        return norm
+
+    def fragments(self) -> list[Fragment]:
+        parts = [self._fragment(parameter) for parameter in logical_parameters(self.model)]
+        return [part for part in parts if part is not None]
+
+    def owned_fragments(self) -> list[Fragment]:
+        if self.stage > 0:
+            return self.fragments()  # ZeRO's partitions are disjoint over the ranks that hold a parameter
+        parts = []
+        for parameter in logical_parameters(self.model):
+            whole = self._fragment(parameter)
+            if whole is not None:
+                split = self._is_split(parameter)
+                group = self.mesh.expert_data_group if split else self.mesh.world_group
+                parts.append(share(whole, rank=dist.get_rank(group), size=dist.get_world_size(group)))
+        return [part for part in parts if part is not None]
+
+    def restored(self, *, step: int) -> None:
+        set_step_count(self.optimizer, step)
+        if self.stage > 0:
+            self._deepspeed.optimizer.update_lp_params()  # all-gathers the weights from the partitions
+
+    def gradient(self, parameter: LogicalParameter) -> Tensor:
+        """The averaged gradient of the local tensor, between the last `backward` and `step`. Collective: every rank, same order."""
+        from deepspeed.utils import safe_get_full_grad
+
+        gradient = safe_get_full_grad(parameter.tensor)
+        assert gradient is not None
+        return gradient
+
+    def close(self) -> None:
+        """Forgets DeepSpeed's tables, so that another engine with other groups can be made in this process."""
+        from deepspeed.utils import groups
+
+        self._deepspeed.destroy()
+        for table in (
+            groups._EXPERT_PARALLEL_GROUP,
+            groups._EXPERT_PARALLEL_GROUP_RANKS,
+            groups._EXPERT_DATA_PARALLEL_GROUP,
+            groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+        ):
+            table.clear()
+        groups._WORLD_GROUP = None
+
+    def _is_split(self, parameter: LogicalParameter) -> bool:
+        return self.mesh.ep_size > 1 and isinstance(parameter.module, ExpertBank)
+
+    def _fragment(self, parameter: LogicalParameter) -> Fragment | None:
+        tensor = parameter.tensor
+        if self.stage == 0:
+            return fragment(parameter, tensor, self.optimizer, offset=0, local_start=0, numel=tensor.numel())
+        mapping = tensor._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+        if mapping is None:  # no element of it lies in this rank's partition
+            return None
+        return fragment(
+            parameter,
+            self._deepspeed.optimizer.single_partition_of_fp32_groups[mapping.param_group_index],
+            self.optimizer,
+            offset=mapping.hp_fragment_address.start,
+            local_start=mapping.lp_fragment_address.start,
+            numel=mapping.hp_fragment_address.numel,
+        )
+
+    def _check_partition_map(self) -> None:
+        for parameter in logical_parameters(self.model):
+            part = self._fragment(parameter)
+            if part is None:
+                continue
+            first = part.start - parameter.start
+            master = part.tensors["master"]
+            if not torch.equal(parameter.tensor.detach().view(-1)[first : first + master.numel()], master):
+                raise RuntimeError(
+                    f"DeepSpeed's partition must hold the weights of {parameter.name} from element {first}, but it holds others: "
+                    "this version of DeepSpeed lays partitions out differently; use the version in requirements.lock"
+                )
+
+
+def _deepspeed_config(
+    *, stage: int, clip_grad_norm: float, accumulation_steps: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: the engine never sees how many rows a micro-step has
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": clip_grad_norm if stage > 0 else 0.0,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,  # overlap would reorder sums
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "round_robin_gradients": False,
+        },
+        "zero_allow_untested_optimizer": True,  # plain SGD; AdamW is on its list
+        "torch_autocast": {"enabled": dtype != torch.float32, "dtype": str(dtype).removeprefix("torch.")},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }

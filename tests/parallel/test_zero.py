@@ -1,0 +1,117 @@
+"""ZeroEngine's seams: what it writes and reads for a checkpoint, and the contracts with DeepSpeed's private names."""
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.fragments import Fragment
+from parallel.zero import ZeroEngine, _deepspeed_config
+from tests.parallel.two_steps import Case, Piece, assemble, open_engine, optim_config, rows
+from train.step import StepSettings, train_step
+
+LAYOUTS = [(2, 1), (2, 2), (4, 2), (4, 4)]
+SETTINGS = StepSettings(accumulation_steps=1, seed=3, mask_documents=True)
+
+
+def pieces_of(fragments: list[Fragment]) -> list[Piece]:
+    return [
+        Piece(f"{part.name}/{kind}", part.shape, part.start, values.numpy().copy())
+        for part in fragments
+        for kind, values in part.tensors.items()
+    ]
+
+
+def train_one(engine: ZeroEngine, case: Case, *, step: int) -> float:
+    batches = rows(case, rank=engine.mesh.rank, num_ranks=engine.mesh.world_size)
+    for _ in range(step):
+        next(batches)
+    return train_step(engine, batches, engine.mesh, SETTINGS, step=step, lr=optim_config(case).lr).loss
+
+
+def written(case: Case) -> list[Piece]:
+    with open_engine(case) as engine:
+        train_one(engine, case, step=0)
+        return pieces_of(engine.owned_fragments())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(("processes", "ep_size"), LAYOUTS)
+def test_the_ranks_write_every_element_of_every_tensor_exactly_once(pool, processes, ep_size, stage):
+    pieces = [
+        piece
+        for rank in pool(processes).run(written, Case(ep_size=ep_size, stage=stage, optimizer="adamw"))
+        for piece in rank
+    ]
+    whole = assemble(pieces)  # fails on a gap
+    sizes = {piece.name: math.prod(piece.shape) for piece in pieces}
+    assert sum(piece.values.size for piece in pieces) == sum(sizes.values()), "an element is written twice"
+    assert {name.rpartition("/")[2] for name in whole} == {"master", "exp_avg", "exp_avg_sq"}
+    assert sizes["layers.0.feedforward.experts.up/master"] == 5 * 32 * 12, "all experts, no padding"
+
+
+def interrupted(case: Case) -> tuple[list[float], list[float], list[Piece], list[Piece]]:
+    """Losses and state after two steps in one go, and after a step whose state is carried into a new engine."""
+    with open_engine(case) as engine:
+        losses = [train_one(engine, case, step=0)]
+        kept = {
+            part.name: {kind: values.clone() for kind, values in part.tensors.items()} for part in engine.fragments()
+        }
+        losses.append(train_one(engine, case, step=1))
+        state = pieces_of(engine.fragments())
+    with open_engine(case) as engine:
+        for part in engine.fragments():
+            for kind, values in part.tensors.items():
+                values.fill_(torch.nan)  # what is not put back must show
+                values.copy_(kept[part.name][kind])
+        engine.restored(step=1)
+        resumed = [losses[0], train_one(engine, case, step=1)]
+        return losses, resumed, state, pieces_of(engine.fragments())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_state_put_back_into_a_new_engine_repeats_the_next_step_bit_for_bit(pool, stage, dtype):
+    case = Case(ep_size=2, stage=stage, optimizer="adamw", dtype=dtype)
+    for losses, resumed, state, resumed_state in pool(4).run(interrupted, case):
+        assert losses == resumed
+        for piece, again in zip(state, resumed_state, strict=True):
+            np.testing.assert_array_equal(piece.values, again.values, err_msg=piece.name)
+
+
+def shifted_map() -> str:
+    with open_engine(Case(ep_size=2, stage=1)) as engine:
+        mapping: Any = getattr(engine.model.output.weight, "_hp_mapping")  # noqa: B009
+        if mapping is not None:
+            mapping.hp_fragment_address.start += 1
+            mapping.hp_fragment_address.numel -= 1
+        try:
+            engine._check_partition_map()
+        except RuntimeError as error:
+            return str(error)
+        return "held" if mapping is None else "not noticed"
+
+
+def test_a_partition_map_that_points_elsewhere_is_noticed(pool):
+    found = pool(2).run(shifted_map)
+    assert any("must hold the weights of output.weight" in message for message in found)
+    assert "not noticed" not in found
+
+
+def compiled_op() -> bool:
+    with open_engine(Case(stage=1)):
+        return sys.modules["deepspeed.comm.torch"].build_shm_op() is not None
+
+
+def test_deepspeed_compiles_nothing_at_its_start(pool):
+    assert not any(pool(2).run(compiled_op))
+
+
+@pytest.mark.parametrize(("stage", "clip", "written_clip"), [(0, 0.25, 0.0), (1, 0.25, 0.25), (2, 0.0, 0.0)])
+def test_gradient_clipping_is_always_written(stage, clip, written_clip):
+    config = _deepspeed_config(stage=stage, clip_grad_norm=clip, accumulation_steps=1, dtype=torch.float32)
+    assert config["gradient_clipping"] == written_clip
+    assert config["zero_optimization"]["round_robin_gradients"] is False
