@@ -1,0 +1,204 @@
+"""What started this process, and whether it will import the right code: the only reader of RANK, SLURM_*, OMPI_* and
+the like.
+
+Owns the mapping of each starter's variables to a ProcessInfo, the choice of the device before DeepSpeed is imported,
+and the check that the packages come from this clone. Joins no group and starts nothing. Called by launcher/main.py.
+"""
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from parallel.config import ProcessInfo
+
+PACKAGES = ("launcher", "train", "parallel", "model", "kernels", "data")
+
+# Starter -> its names of rank, world size, local rank and local world size.
+_VARIABLES = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
+    "openmpi": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+}
+_DEFAULT_PORT = 29500
+# SLURM numbers its own steps (the batch script, an interactive shell) from here: nothing was started by srun in them.
+_FIRST_RESERVED_STEP = 0xFFFFFFF0
+
+
+def read_environment(environ: Mapping[str, str]) -> ProcessInfo:
+    """Place of this process in its job. Without any starter's variables: the only process.
+
+    Raises:
+        ValueError: names the variables that are missing, no numbers, or contradict each other.
+    """
+    explicit = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environ]
+    below = _starter_below(environ)
+    if "RANK" in explicit or (explicit and below is None):
+        # Explicit variables win: torchrun and deepspeed are themselves started by srun or mpirun, with other ranks.
+        starter = "deepspeed" if "LOCAL_SIZE" in environ and "LOCAL_WORLD_SIZE" not in environ else "torchrun"
+        info = _process(environ, starter)
+        if below is not None and not {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"} & environ.keys():
+            _refuse_contradiction(environ, starter=starter, below=below)
+        return info
+    if below is None:
+        return ProcessInfo(
+            rank=0,
+            world_size=1,
+            local_rank=0,
+            local_world_size=1,
+            master_addr="127.0.0.1",
+            master_port=0,
+            launcher="python",
+        )
+    for ours, theirs in zip(_VARIABLES["torchrun"][1:3], _VARIABLES[below][1:3], strict=True):
+        if ours in explicit and environ[ours] != environ.get(theirs):
+            raise ValueError(
+                f"{ours} is {environ[ours]}, but {theirs}, set by {below}, is {environ.get(theirs)}: unset {ours}"
+            )
+    return _process(environ, below)
+
+
+def choose_device(setting: Literal["auto", "cpu", "cuda"], environ: Mapping[str, str]) -> Literal["cpu", "cuda"]:
+    """The device type of the run, for `run.device` and DS_ACCELERATOR. ValueError where these two or the machine
+    disagree.
+    """
+    from torch import cuda  # takes seconds: not for --help
+
+    accelerator = environ.get("DS_ACCELERATOR")
+    if setting == "auto":
+        setting = "cuda" if accelerator != "cpu" and cuda.is_available() else "cpu"
+    if accelerator not in (None, setting):
+        raise ValueError(
+            f"run.device and DS_ACCELERATOR must agree, but the device is {setting} and DS_ACCELERATOR is {accelerator}: "
+            "unset DS_ACCELERATOR or change run.device"
+        )
+    if setting == "cuda" and not cuda.is_available():
+        raise ValueError("run.device is cuda, but torch sees no GPU: set run.device to auto or cpu")
+    return setting
+
+
+def check_imports(root: Path) -> None:
+    """RuntimeError unless every package of Switchyard is found in this clone.
+
+    The folders have no __init__.py, so a regular package of the same name (PyPI has a `kernels`) wins over them
+    wherever it lies.
+    """
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        places = [] if spec is None else list(spec.submodule_search_locations or [str(spec.origin)])
+        if not places or Path(places[0]).resolve() != (root / name).resolve():
+            raise RuntimeError(
+                f"the package {name} must come from {root / name}, but Python finds {places[0] if places else 'none'}: "
+                f"uninstall that one (pip uninstall {name}) or take its folder off PYTHONPATH"
+            )
+
+
+def _starter_below(environ: Mapping[str, str]) -> str | None:
+    """Which of mpirun and srun started this process, directly or further up.
+
+    mpirun first: inside a SLURM job it starts its own helpers by srun, whose variables then reach the ranks too. Of
+    SLURM's variables only the step's count: SLURM_PROCID is 0 in the batch script itself, where no srun has run.
+    """
+    if "OMPI_COMM_WORLD_RANK" in environ:
+        return "openmpi"
+    if "PMI_RANK" in environ and "MPI_LOCALRANKID" in environ:
+        return "mpich"
+    step = environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", ""))
+    return "srun" if step.isdecimal() and int(step) < _FIRST_RESERVED_STEP else None
+
+
+def _process(environ: Mapping[str, str], starter: str) -> ProcessInfo:
+    """The ProcessInfo in this starter's variables. ValueError, naming them, where they are missing or make no sense."""
+    names = _VARIABLES[starter]
+    missing = [name for name in names if name not in environ]
+    if missing:
+        present = [f"{name}={environ[name]}" for name in names if name in environ]
+        raise ValueError(
+            f"the environment is half set: {', '.join(present) or starter} without {', '.join(missing)}: start with deepspeed or "
+            "torchrun, which set them all, or unset what is there to train with one process"
+        )
+    local_world_size = _tasks_on_this_node(environ) if starter == "srun" else _number(environ, names[3])
+    world_size = _number(environ, names[1])
+    address, port = _meeting_point(environ, starter, on_one_machine=local_world_size == world_size)
+    try:
+        return ProcessInfo(
+            rank=_number(environ, names[0]),
+            world_size=world_size,
+            local_rank=_number(environ, names[2]),
+            local_world_size=local_world_size,
+            master_addr=address,
+            master_port=port,
+            launcher=starter,
+        )
+    except ValidationError as error:
+        given = ", ".join(f"{name}={environ[name]}" for name in names)
+        reason = "; ".join(found["msg"].removeprefix("Value error, ") for found in error.errors())
+        raise ValueError(f"the environment contradicts itself ({given}): {reason}") from None
+
+
+def _refuse_contradiction(environ: Mapping[str, str], *, starter: str, below: str) -> None:
+    """A RANK exported by hand must not turn every process of an mpirun or srun into the same rank."""
+    for ours, theirs in zip(_VARIABLES[starter][:2], _VARIABLES[below][:2], strict=True):
+        if environ[ours] != environ.get(theirs):
+            raise ValueError(
+                f"{ours} is {environ[ours]}, but {theirs}, set by {below}, is {environ.get(theirs)}: unset RANK, WORLD_SIZE and "
+                f"LOCAL_RANK to use {below}'s"
+            )
+
+
+def _meeting_point(environ: Mapping[str, str], starter: str, *, on_one_machine: bool) -> tuple[str, int]:
+    """Address and port of rank 0: MASTER_ADDR and MASTER_PORT where set, else what the starter implies."""
+    address = environ.get("MASTER_ADDR")
+    port = _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else None
+    if starter == "srun":
+        address = address or _first_host(environ.get("SLURM_STEP_NODELIST", ""))
+        # From the job, so that two jobs on one node do not meet; below 32768, where Linux gives ports to others.
+        job = environ.get("SLURM_JOB_ID", "0")
+        port = port if port is not None else 20000 + (int(job) if job.isdecimal() else 0) % 10000
+    elif on_one_machine:
+        address = address or "127.0.0.1"
+        port = port if port is not None else _DEFAULT_PORT
+    if not address or port is None:
+        absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
+        raise ValueError(
+            f"processes on several machines need a meeting point, but {' and '.join(absent)} are not set: set them to the address of "
+            "rank 0's machine and a free port there"
+        )
+    return address, port
+
+
+def _tasks_on_this_node(environ: Mapping[str, str]) -> int:
+    """SLURM_STEP_TASKS_PER_NODE spells the tasks of each node, as in 2(x3),1: the entry of this node."""
+    counts: list[int] = []
+    for entry in environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)
+        counts += [int(match[1])] * int(match[2] or 1) if match else []
+    node = _number(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else 0
+    if node >= len(counts):
+        raise ValueError(
+            f"SLURM_STEP_TASKS_PER_NODE must hold the tasks of each node, but it is {environ['SLURM_STEP_TASKS_PER_NODE']} and "
+            f"SLURM_NODEID is {node}: start with srun, which sets both"
+        )
+    return counts[node]
+
+
+def _first_host(nodelist: str) -> str:
+    """First name of SLURM's list: node[03-04,07],gpu1 -> node03."""
+    match = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0] if match else "")
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    if not environ[name].strip().isdecimal():
+        raise ValueError(f"{name} must be a whole number, but it is {environ[name]!r}: unset or correct it")
+    return int(environ[name])

@@ -1,0 +1,94 @@
+"""The program that deepspeed, torchrun and plain python start: reads argv, environment and config, and hands over to
+train/run.py.
+
+Owns the command line, the exit codes and how an error looks; trains nothing itself. Run from a clone, from any folder.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 the world failed (RuntimeError), 2 the user must change something (ValueError)."""
+    _put_this_clone_first()
+    rank = 0
+    try:
+        # Not at the top: these are found only after the line above, and a ModuleNotFoundError deserves a sentence too.
+        from launcher.environment import check_imports, choose_device, read_environment
+        from train.config import load_config
+
+        check_imports(ROOT)
+        args = _parse(argv)
+        info = read_environment(os.environ)
+        rank = info.rank
+        config = load_config(args.config, args.set)
+        device = choose_device(config.run.device, os.environ)
+        # DeepSpeed looks for an accelerator when it is first imported; left alone it may pick another than the run's.
+        os.environ["DS_ACCELERATOR"] = device
+        config = config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
+
+        from train import run
+
+        (run.dry_run if args.dry_run else run.run)(config, info)
+    except (ValueError, RuntimeError) as error:
+        if not _is_sentence(error):
+            traceback.print_exception(error)
+        _report(str(error), rank)
+        return 2 if isinstance(error, ValueError) else 1
+    except ModuleNotFoundError as error:
+        traceback.print_exception(error)
+        _report(f"{error}: start with .venv/bin/python, which make sets up, or install requirements.lock", rank)
+        return 1
+    return 0
+
+
+def _put_this_clone_first() -> None:
+    """`python launcher/main.py` puts launcher/ first on sys.path; the packages lie one folder up."""
+    if sys.path and sys.path[0] and Path(sys.path[0]).resolve() == ROOT / "launcher":
+        del sys.path[0]
+    if str(ROOT) not in sys.path[:1]:
+        sys.path.insert(0, str(ROOT))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    from launcher.usage import DESCRIPTION, EXAMPLES, key_table
+
+    parser = argparse.ArgumentParser(
+        prog="launcher/main.py",
+        description=DESCRIPTION,
+        epilog=f"{EXAMPLES}\n{key_table()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, for instance configs/tiny_cpu.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the config; repeatable"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config and the model's size, train nothing"
+    )
+    # DeepSpeed's launcher adds it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def _is_sentence(error: Exception) -> bool:
+    """True for an error that our own code raised: written for the user. Any other is a bug and shows where it was."""
+    frames = traceback.extract_tb(error.__traceback__)
+    raised = Path(frames[-1].filename)
+    return raised.is_relative_to(ROOT) and not raised.is_relative_to(ROOT / ".venv")
+
+
+def _report(sentence: str, rank: int) -> None:
+    """On every rank, because the launcher kills the others as soon as one has ended."""
+    print(f"error{f' (rank {rank})' if rank else ''}: {sentence}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

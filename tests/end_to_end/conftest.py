@@ -1,0 +1,192 @@
+"""What the end-to-end tests share: shards of a little text, a small config, and real processes that are always ended.
+
+The processes are those of a user: launcher/main.py with the variables that a launcher would set.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data.prepare import main as prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+MAIN = ROOT / "launcher" / "main.py"
+TIMEOUT_S = 150
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of this project's own source, one id per byte: about 300,000 tokens."""
+    out = tmp_path_factory.mktemp("data") / "shards"
+    prepare(
+        [
+            "--source",
+            str(ROOT / "model"),
+            str(ROOT / "train"),
+            "--out",
+            str(out),
+            "--tokenizer",
+            "bytes",
+            "--workers",
+            "1",
+        ]
+    )
+    return out
+
+
+@pytest.fixture
+def config(shards: Path, tmp_path: Path) -> "ConfigFile":
+    """A SwitchAll of 30,000 weights that takes 12 steps and saves every 4, in a file of its own."""
+    values = {
+        "run": {"dir": str(tmp_path / "run"), "steps": 12, "seed": 5, "log_every_steps": 1},
+        "data": {
+            "shards": str(shards / "train"),
+            "heldout": str(shards / "heldout"),
+            "sequence_length": 32,
+            "global_batch_size": 8,
+            "streams": 8,
+        },
+        "model": {
+            "d_model": 32,
+            "num_layers": 2,
+            "mixers": ["switchhead"],
+            "feedforwards": ["sigma_moe"],
+            "switchhead": {"num_heads": 2, "head_dim": 8, "num_experts": 3, "top_k": 2},
+            "sigma_moe": {"num_experts": 5, "expert_dim": 16, "top_k": 2},
+            "dropout": 0.1,
+        },
+        "optim": {"lr": 3.0e-3, "warmup_steps": 2, "accumulation_steps": 2},
+        "checkpoint": {"every_steps": 4, "keep": 2},
+        "eval": {"every_steps": 6, "max_tokens": 1000},
+    }
+    return ConfigFile(tmp_path / "config.yaml", values)
+
+
+@dataclass
+class ConfigFile:
+    """A config on disk and its run folder."""
+
+    path: Path
+    values: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.path.write_text(yaml.safe_dump(self.values))
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.values["run"]["dir"])
+
+    def arguments(self, *settings: str) -> list[str]:
+        return ["--config", str(self.path), *(part for setting in settings for part in ("--set", setting))]
+
+
+def records(folder: Path) -> dict[int, dict[str, Any]]:
+    """metrics.jsonl by step; a step may be there only once. A line that is still being written does not count."""
+    text = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    assert len({line["step"] for line in lines}) == len(lines), "a step is twice in metrics.jsonl"
+    return {line["step"]: line for line in lines}
+
+
+@dataclass
+class Processes:
+    """The processes of one job, in sessions of their own, with one log each."""
+
+    folder: Path
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self, command: Sequence[str], **environment: str) -> subprocess.Popen[bytes]:
+        log = self.folder / f"process_{len(self.running)}.log"
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        }
+        process = subprocess.Popen(
+            command,
+            env=clean | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment,
+            cwd=self.folder,
+            stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.running.append(process)
+        return process
+
+    def start_ranks(self, count: int, arguments: Sequence[str]) -> None:
+        """launcher/main.py on `count` ranks, as torchrun would start them."""
+        port = free_port()
+        for rank in range(count):
+            self.start(
+                [sys.executable, str(MAIN), *arguments],
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(count),
+                LOCAL_WORLD_SIZE=str(count),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
+
+    def wait(self) -> None:
+        """All must end with exit code 0."""
+        for number, process in enumerate(self.running):
+            try:
+                code = process.wait(TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                code = f"nothing within {TIMEOUT_S} s"
+            assert code == 0, f"process {number} gave {code}\n{self.log(number)}"
+        self.running.clear()
+
+    def kill(self) -> None:
+        """kill -9, each with what it started."""
+        for process in self.running:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        self.running.clear()
+
+    def log(self, number: int) -> str:
+        return (self.folder / f"process_{number}.log").read_text(errors="replace")[-4000:]
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    job = Processes(tmp_path)
+    yield job
+    job.kill()
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Calls launcher/main.py in this process as one of `world_size` ranks; gives the sentence that it fails with."""
+    from launcher.main import main
+
+    def call(arguments: Sequence[str], *, world_size: int = 1, code: int = 2) -> str:
+        if world_size > 1:
+            place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+            for name, value in (place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}).items():
+                monkeypatch.setenv(name, str(value))
+        assert main(list(arguments)) == code
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert lines[-1].startswith("error: ")
+        if code == 2:
+            assert len(lines) == 1, f"one sentence, no traceback: {lines}"
+        return lines[-1].removeprefix("error: ")
+
+    return call
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,166 @@
+"""Which variables say where a process stands, which combinations are refused, and which device is chosen."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.environment import check_imports, choose_device, read_environment
+
+MASTER = {"MASTER_ADDR": "node7", "MASTER_PORT": "1234"}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "TORCHELASTIC_RUN_ID": "x",
+    **MASTER,
+}
+# what deepspeed's launch.py sets (read in 0.19.8): no LOCAL_WORLD_SIZE
+DEEPSPEED = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "2",
+    "CROSS_RANK": "0",
+    "CROSS_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "2",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "2",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+MPICH = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "2", "MPI_LOCALNRANKS": "4"}
+# an sbatch script: SLURM has set a PROCID, but nothing was started by srun
+SBATCH = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "5"}
+SRUN = {
+    **SBATCH,
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "4",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_STEP_NODELIST": "gpu-[03-04,07],big1",
+}
+
+
+@pytest.mark.parametrize(
+    ("environ", "place", "meeting", "launcher"),
+    [
+        ({}, (0, 1, 0, 1), ("127.0.0.1", 0), "python"),
+        (MASTER, (0, 1, 0, 1), ("127.0.0.1", 0), "python"),
+        (SBATCH, (0, 1, 0, 1), ("127.0.0.1", 0), "python"),
+        ({**SBATCH, "SLURM_STEP_ID": "4294967291"}, (0, 1, 0, 1), ("127.0.0.1", 0), "python"),
+        (TORCHRUN, (3, 4, 1, 2), ("node7", 1234), "torchrun"),
+        (DEEPSPEED, (1, 2, 1, 2), ("127.0.0.1", 29500), "deepspeed"),
+        (OPENMPI, (2, 4, 2, 4), ("127.0.0.1", 29500), "openmpi"),
+        ({**MPICH, **MASTER}, (2, 4, 2, 4), ("node7", 1234), "mpich"),
+        (SRUN, (4, 5, 0, 1), ("gpu-03", 20077), "srun"),
+        ({**SRUN, **MASTER, "SLURM_NODEID": "1"}, (4, 5, 0, 2), ("node7", 1234), "srun"),
+        # a starter inside another: the inner one counts, that is the explicit one, then mpirun, then srun
+        ({**SRUN, **TORCHRUN}, (3, 4, 1, 2), ("node7", 1234), "torchrun"),
+        ({**OPENMPI, **DEEPSPEED}, (1, 2, 1, 2), ("127.0.0.1", 29500), "deepspeed"),
+        ({**SRUN, **OPENMPI}, (2, 4, 2, 4), ("127.0.0.1", 29500), "openmpi"),
+        # variables exported by hand that say the same are no contradiction
+        ({**OPENMPI, "WORLD_SIZE": "4"}, (2, 4, 2, 4), ("127.0.0.1", 29500), "openmpi"),
+        (
+            {**OPENMPI, "RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"},
+            (2, 4, 2, 4),
+            ("127.0.0.1", 29500),
+            "torchrun",
+        ),
+    ],
+)
+def test_each_starter_is_understood(
+    environ: dict[str, str], place: tuple[int, ...], meeting: tuple[str, int], launcher: str
+) -> None:
+    info = read_environment(environ)
+    assert (info.rank, info.world_size, info.local_rank, info.local_world_size) == place
+    assert (info.master_addr, info.master_port) == meeting
+    assert info.launcher == launcher
+
+
+def without(environ: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("environ", "parts"),
+    [
+        ({"RANK": "0"}, ["half set", "RANK=0", "without WORLD_SIZE, LOCAL_RANK"]),
+        ({"WORLD_SIZE": "2"}, ["half set", "WORLD_SIZE=2", "without RANK"]),
+        ({"LOCAL_RANK": "0"}, ["half set", "LOCAL_RANK=0", "unset"]),
+        (without(TORCHRUN, "LOCAL_RANK"), ["half set", "RANK=3", "without LOCAL_RANK"]),
+        (without(TORCHRUN, "MASTER_ADDR"), ["MASTER_ADDR", "several machines"]),
+        (without(OPENMPI, "OMPI_COMM_WORLD_SIZE"), ["half set", "without OMPI_COMM_WORLD_SIZE"]),
+        (without(SRUN, "SLURM_LOCALID"), ["half set", "without SLURM_LOCALID"]),
+        ({**TORCHRUN, "RANK": "4"}, ["contradicts itself", "RANK=4", "WORLD_SIZE=4", "rank must be below"]),
+        ({**TORCHRUN, "RANK": "one"}, ["RANK must be a whole number", "'one'"]),
+        ({**TORCHRUN, "MASTER_PORT": "http"}, ["MASTER_PORT must be a whole number", "'http'"]),
+        (
+            {**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+            ["MASTER_ADDR and MASTER_PORT"],
+        ),
+        ({**SRUN, "SLURM_NODEID": "3"}, ["SLURM_STEP_TASKS_PER_NODE", "2(x2),1", "SLURM_NODEID is 3"]),
+        # every process of an mpirun or srun would take itself for the exported rank
+        (
+            {**OPENMPI, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+            ["RANK is 0", "OMPI_COMM_WORLD_RANK", "is 2", "unset RANK"],
+        ),
+        ({**SRUN, "WORLD_SIZE": "8"}, ["WORLD_SIZE is 8", "SLURM_STEP_NUM_TASKS", "is 5", "unset WORLD_SIZE"]),
+    ],
+)
+def test_half_set_and_contradictory_environments_name_the_variables(environ: dict[str, str], parts: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        read_environment(environ)
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "accelerator", "gpu", "device"),
+    [
+        ("auto", None, False, "cpu"),
+        ("auto", None, True, "cuda"),
+        ("auto", "cpu", True, "cpu"),  # `make train` on a GPU machine
+        ("auto", "cuda", True, "cuda"),
+        ("cpu", None, True, "cpu"),
+        ("cuda", None, True, "cuda"),
+    ],
+)
+def test_device_follows_setting_accelerator_and_machine(
+    monkeypatch: pytest.MonkeyPatch, setting: str, accelerator: str | None, gpu: bool, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    environ = {} if accelerator is None else {"DS_ACCELERATOR": accelerator}
+    assert choose_device(setting, environ) == device  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("setting", "accelerator", "gpu", "parts"),
+    [
+        ("cuda", None, False, ["run.device is cuda", "no GPU", "auto or cpu"]),
+        ("cuda", "cpu", True, ["run.device", "is cuda", "DS_ACCELERATOR is cpu"]),
+        ("cpu", "cuda", True, ["is cpu", "DS_ACCELERATOR is cuda"]),
+        ("auto", "xpu", False, ["is cpu", "DS_ACCELERATOR is xpu"]),
+    ],
+)
+def test_a_device_that_cannot_be_had_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, setting: str, accelerator: str | None, gpu: bool, parts: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    environ = {} if accelerator is None else {"DS_ACCELERATOR": accelerator}
+    with pytest.raises(ValueError) as caught:
+        choose_device(setting, environ)  # pyright: ignore[reportArgumentType]
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_packages_of_this_clone_pass_and_of_another_do_not(tmp_path: Path) -> None:
+    check_imports(Path(__file__).resolve().parents[2])
+    with pytest.raises(RuntimeError, match=f"the package launcher must come from {tmp_path}"):
+        check_imports(tmp_path)

@@ -1,0 +1,213 @@
+"""The program as it is started: from other folders, with foreign packages about, and with what goes wrong afterwards."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import train.run
+from launcher.main import main
+from parallel.config import ProcessInfo
+from train.config import Config
+from train.config_errors import fields
+
+ROOT = Path(__file__).resolve().parents[2]
+MAIN = str(ROOT / "launcher" / "main.py")
+TINY = str(ROOT / "configs" / "tiny_cpu.yaml")
+
+
+def start(*arguments: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Runs main.py as a user in another folder would."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config, ProcessInfo], None]], None]:
+    """Replaces the run itself, and undoes what main() does to the process."""
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "SLURM_STEP_ID",
+        "SLURM_STEPID",
+        "OMPI_COMM_WORLD_RANK",
+        "PMI_RANK",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+
+    def replace(body: Callable[[Config, ProcessInfo], None]) -> None:
+        monkeypatch.setattr(train.run, "run", body)
+
+    return replace
+
+
+def test_help_from_another_folder_shows_every_key_and_the_three_starts(tmp_path: Path) -> None:
+    done = start(MAIN, "--help", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    for key, _ in fields(Config):
+        assert f"\n  {key} " in done.stdout
+    for text in ("deepspeed --num_accelerators 2", "torchrun", "\n  python launcher/main.py", "--set optim.lr=5.0e-4"):
+        assert text in done.stdout
+    assert "float32|bfloat16" in done.stdout
+    assert "[0.9, 0.95]" in done.stdout
+
+
+def test_dry_run_from_another_folder_counts_the_parameters(tmp_path: Path) -> None:
+    os.symlink(TINY, tmp_path / "mine.yaml")
+    # --local_rank is what DeepSpeed's launcher adds
+    options = ["--local_rank=0", "--config", "mine.yaml", "--set", "model.vocab_size=4096", "--dry-run"]
+    done = start(MAIN, *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "vocab_size: 4096" in done.stdout
+    assert "2,447,616" in done.stdout  # by the formulas of tests/train/test_config.py
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_a_wrong_config_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = start(MAIN, "--config", TINY, "--set", "optim.lrr=3", folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: --set optim.lrr=3: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_foreign_package_called_kernels_is_caught(tmp_path: Path) -> None:
+    (tmp_path / "site" / "kernels").mkdir(parents=True)
+    (tmp_path / "site" / "kernels" / "__init__.py").write_text("raise SystemExit('the foreign package was imported')")
+    done = start(MAIN, "--config", TINY, folder=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: the package kernels must come from {ROOT / 'kernels'}, but Python finds {tmp_path}")
+    assert "uninstall" in last
+
+
+def test_foreign_folders_of_our_names_are_beaten(tmp_path: Path) -> None:
+    for name in ("kernels", "model", "train", "launcher"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.py").write_text("raise SystemExit('the foreign module was imported')")
+    done = start(MAIN, "--help", folder=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_launcher_does_no_work() -> None:
+    show = "import sys; before = set(sys.modules); import launcher.main; print(sorted(set(sys.modules) - before))"
+    done = start("-c", show, folder=ROOT)
+    assert "launcher.main" in done.stdout
+    assert not [name for name in ("pydantic", "yaml", "torch", "train", "rich") if f"'{name}'" in done.stdout]
+
+
+def test_no_file_of_the_launcher_has_the_name_of_a_standard_module() -> None:
+    names = {path.stem for path in (ROOT / "launcher").glob("*.py")}
+    assert "main" in names
+    assert not names & sys.stdlib_module_names
+
+
+def test_run_gets_the_config_with_its_device_and_the_place_of_the_process(
+    in_process: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Config, ProcessInfo]] = []
+    in_process(lambda config, info: seen.append((config, info)))
+    rank = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**rank, "MASTER_ADDR": "here", "MASTER_PORT": "7"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--config", TINY, "--set", "run.steps=77", "--set", "run.seed=5", "--local-rank", "1"]) == 0
+    ((config, info),) = seen
+    assert (config.run.steps, config.run.seed, config.run.device) == (77, 5, "cpu")
+    assert (info.rank, info.world_size, info.master_addr) == (1, 2, "here")
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+
+
+def test_the_clone_takes_the_place_of_the_launcher_folder_on_the_path(
+    in_process: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(lambda config, info: None)
+    rest = [entry for entry in sys.path if entry != str(ROOT)]
+    monkeypatch.setattr(sys, "path", [str(ROOT / "launcher"), *rest])
+    assert main(["--config", TINY]) == 0
+    assert sys.path == [str(ROOT), *rest]
+
+
+def test_deepspeed_is_told_about_the_cpu_before_it_is_imported(
+    in_process: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+    in_process(lambda config, info: seen.append(os.environ.get("DS_ACCELERATOR")))
+    monkeypatch.delenv("DS_ACCELERATOR")
+    assert main(["--config", TINY, "--set", "run.device=cpu"]) == 0
+    assert seen == ["cpu"]
+
+
+def raise_value_error(config: Config, info: ProcessInfo) -> None:
+    raise ValueError("streams must be even: add one")
+
+
+def raise_runtime_error(config: Config, info: ProcessInfo) -> None:
+    raise RuntimeError("the disk is full: free some")
+
+
+def import_what_is_missing(config: Config, info: ProcessInfo) -> None:
+    importlib.import_module("not_there")
+
+
+def raise_from_a_library(config: Config, info: ProcessInfo) -> None:
+    json.loads("{")
+
+
+def test_a_users_mistake_is_a_sentence_and_exit_code_2(
+    in_process: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_process(raise_value_error)
+    assert main(["--config", TINY]) == 2
+    assert capsys.readouterr().err == "error: streams must be even: add one\n"
+
+
+def test_a_failure_of_the_world_is_one_sentence_and_exit_code_1(
+    in_process: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_process(raise_runtime_error)
+    assert main(["--config", TINY]) == 1
+    assert capsys.readouterr().err == "error: the disk is full: free some\n"
+
+
+def test_a_missing_package_says_where_the_right_python_is(
+    in_process: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_process(import_what_is_missing)
+    assert main(["--config", TINY]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: No module named 'not_there': start with .venv/bin/python")
+
+
+def test_a_value_error_that_we_did_not_write_shows_where_it_was(
+    in_process: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_process(raise_from_a_library)
+    assert main(["--config", TINY]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1].startswith("error: Expecting property name")
+
+
+def test_other_ranks_say_who_they_are(
+    in_process: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_process(raise_value_error)
+    rank = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**rank, "MASTER_ADDR": "here", "MASTER_PORT": "7"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--config", TINY]) == 2
+    assert capsys.readouterr().err.startswith("error (rank 1): streams")

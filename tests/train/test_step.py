@@ -1,0 +1,120 @@
+"""A step and an evaluation against sums made by hand, with an engine whose model is a table of logits."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+
+from data.loader import Batch
+from model.context import BatchContext
+from model.loss import IGNORED
+from model.router import RouterReport
+from model.transformer import ModelOutput
+from train.engine import Engine, LocalMesh
+from train.evaluate import evaluate
+from train.step import StepSettings, total_reports, train_step
+
+LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 0.5], [-3.0, 1.0, 4.0]])
+WORLD = LocalMesh(torch.device("cpu"))
+SETTINGS = StepSettings(accumulation_steps=2, seed=1, mask_documents=True)
+
+
+class TableEngine:
+    """Logits of a token are a row of a table; remembers what it was asked."""
+
+    def __init__(self, *, norm: float = 1.5, scale: float = 1.0) -> None:
+        self.model = cast(Any, torch.nn.Linear(1, 1))
+        self.table = (LOGITS * scale).requires_grad_()
+        self.norm = norm
+        self.losses: list[tuple[float, bool]] = []
+        self.rates: list[float] = []
+        self.masks: list[Any] = []
+
+    def forward(self, tokens_BS: torch.Tensor, context: BatchContext) -> ModelOutput:
+        self.masks.append(context.attention_mask_B1SS)
+        counts = torch.bincount(tokens_BS.flatten(), minlength=3).float()
+        report = RouterReport(counts, counts / 2, torch.tensor(float(tokens_BS.numel())))
+        return ModelOutput(self.table[tokens_BS], self.table.sum() * 0 - 0.25, {"mlp": report})
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        self.losses.append((loss.item(), last))
+
+    def step(self, lr: float) -> float:
+        self.rates.append(lr)
+        return self.norm
+
+
+def batch(tokens: list[list[int]], targets: list[list[int]], num_bytes: int) -> Batch:
+    rows = len(tokens)
+    return Batch(
+        tokens_BS=torch.tensor(tokens),
+        targets_BS=torch.tensor(targets),
+        document_ids_BS=torch.zeros(rows, len(tokens[0]), dtype=torch.int64),
+        positions_B=torch.arange(rows),
+        continues_B=torch.zeros(rows, dtype=torch.bool),
+        num_bytes=num_bytes,
+    )
+
+
+def batches() -> Iterator[Batch]:
+    """Four targets, then one: the micro-steps weigh the same although their numbers of targets differ."""
+    yield batch([[0, 1], [2, 2]], [[0, 1], [2, 0]], 8)
+    yield batch([[1, 0]], [[IGNORED, 2]], 3)
+
+
+def cross_entropy(token: int, target: int) -> float:
+    exponentials = [math.exp(x) for x in LOGITS[token].tolist()]
+    return -math.log(exponentials[target] / sum(exponentials))
+
+
+FIRST = (cross_entropy(0, 0) + cross_entropy(1, 1) + cross_entropy(2, 2) + cross_entropy(2, 0)) / 4
+SECOND = cross_entropy(0, 2)
+
+
+def step_of(engine: TableEngine, rows: Iterator[Batch]):
+    return train_step(cast(Engine, engine), rows, WORLD, SETTINGS, step=3, lr=0.125)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_micro_steps_of_their_means_over_targets():
+    engine = TableEngine()
+    result = step_of(engine, batches())
+    assert result.loss == pytest.approx((FIRST + SECOND) / 2, rel=1e-6)
+    assert result.auxiliary_loss == -0.25
+    assert (result.grad_norm, result.num_targets, result.num_bytes) == (1.5, 5, 11)
+    assert engine.losses == [(pytest.approx(FIRST - 0.25), False), (pytest.approx(SECOND - 0.25), True)]
+    assert engine.rates == [0.125]
+    assert all(mask.shape[-2:] == (2, 2) for mask in engine.masks)
+
+
+def test_reports_are_summed_over_micro_steps():
+    result = step_of(TableEngine(), batches())
+    total = total_reports(result.reports, WORLD)["mlp"]
+    assert total.count_G.tolist() == [2.0, 2.0, 2.0]
+    assert float(total.num_rows) == 6.0
+
+
+def test_a_micro_step_without_a_target_counts_as_zero():
+    nothing = batch([[0, 1]], [[IGNORED, IGNORED]], 0)
+    result = step_of(TableEngine(), iter([nothing, nothing]))
+    assert (result.loss, result.num_targets) == (0.0, 0)
+
+
+@pytest.mark.parametrize(
+    "engine", [TableEngine(norm=math.inf), TableEngine(norm=math.nan), TableEngine(scale=math.nan)]
+)
+def test_a_loss_or_norm_that_is_not_finite_is_an_error(engine: TableEngine):
+    with pytest.raises(RuntimeError, match="must be finite, but at step 3"):
+        step_of(engine, batches())
+
+
+def test_an_evaluation_weighs_every_target_the_same_and_leaves_the_model_in_training_mode():
+    engine = TableEngine()
+    found = evaluate(cast(Engine, engine), batches(), WORLD, SETTINGS, step=0)
+    nats = 4 * FIRST + SECOND
+    assert found.loss == pytest.approx(nats / 5, rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / 11, rel=1e-6)
+    assert (found.num_targets, found.num_bytes) == (5, 11)
+    assert engine.model.training
+    assert engine.losses == []

@@ -1,0 +1,105 @@
+"""train/storage.py: tensor files hold every dtype, in pieces of bounded size, and a reader takes only what it asks for."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from model.fragments import Fragment
+from tests.train.thread_mesh import STATE, on_ranks
+from train import storage
+from train.checkpoint import load, read_tensors, save
+from train.coverage import parts_of
+from train.manifest import read_manifest
+
+
+def test_named_tensors_of_every_dtype_come_back(tmp_path: Path) -> None:
+    tensors = {
+        "router_bias": torch.randn(3, 5),
+        "scalar": torch.tensor(7, dtype=torch.int64),
+        "memory.16": torch.randn(2, 3).to(torch.bfloat16),
+        "mask": torch.tensor([True, False, True]),
+        "rng": torch.arange(5, dtype=torch.uint8),
+        "transposed": torch.arange(6.0).reshape(2, 3).T,
+        "none": torch.zeros(0, 3, dtype=torch.float16),
+    }
+    bring = [{k: v for i, (k, v) in enumerate(tensors.items()) if i % 2 == rank} for rank in range(2)]
+    path = on_ranks(2, lambda m: save(tmp_path, state=STATE, fragments=[], mesh=m, keep=1, tensors=bring[m.rank]))[0]
+    loaded = read_tensors(path)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+    for file in path.glob("*.safetensors"):  # aligned, so that other readers can map them as they are
+        data = file.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        for entry in json.loads(data[8 : 8 + size]).values():
+            start, end = entry["data_offsets"]
+            assert (8 + size + start) % ((end - start) // math.prod(entry["shape"])) == 0
+
+
+def test_views_may_be_strided(tmp_path: Path) -> None:
+    source, target = torch.arange(20.0), torch.zeros(20)
+    for_saving = [Fragment("w", (10,), 0, {"master": source[::2]})]
+    for_loading = [Fragment("w", (10,), 0, {"master": target[1::2]})]
+    path = on_ranks(1, lambda m: save(tmp_path, state=STATE, fragments=for_saving, mesh=m, keep=1))[0]
+    on_ranks(1, lambda m: load(path, fragments=for_loading, mesh=m))
+    assert torch.equal(target[1::2], source[::2])
+    assert not target[::2].any()
+
+
+class SpiedSlice:
+    """A tensor in a file that counts the elements taken from it."""
+
+    taken = 0
+
+    def __init__(self, stored) -> None:
+        self.stored, self.get_shape, self.get_dtype = stored, stored.get_shape, stored.get_dtype
+
+    def __getitem__(self, wanted: slice) -> torch.Tensor:
+        values = self.stored[wanted]
+        SpiedSlice.taken += values.numel()
+        return values
+
+
+class SpiedFile:
+    def __init__(self, file: Path, framework: str) -> None:
+        self.opened = safe_open(file, framework=framework)
+
+    def __enter__(self) -> "SpiedFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def get_slice(self, key: str) -> SpiedSlice:
+        return SpiedSlice(self.opened.get_slice(key))
+
+
+def test_a_reader_reads_only_its_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, ends = torch.arange(20.0), [0, 7, 13, 20]
+
+    def held(rank: int) -> list[Fragment]:
+        return [Fragment("w", (4, 5), ends[rank], {"master": weight[ends[rank] : ends[rank + 1]]})]
+
+    monkeypatch.setattr(storage, "PIECE_BYTES", 16)
+    path = on_ranks(3, lambda m: save(tmp_path, state=STATE, fragments=held(m.rank), mesh=m, keep=1))[0]
+    (path / "rank_00002.safetensors").unlink()  # elements 13 to 19: nobody asks for them
+    monkeypatch.setattr(storage, "safe_open", SpiedFile)
+    monkeypatch.setattr(SpiedSlice, "taken", 0)
+    wanted = torch.zeros(8)
+    storage.read_parts(path, read_manifest(path), parts_of([Fragment("w", (4, 5), 5, {"master": wanted})], {}))
+    assert wanted.tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
+    assert SpiedSlice.taken == 8
+
+
+def test_one_piece_at_a_time_of_at_most_32_mib_is_in_memory(tmp_path: Path) -> None:
+    weight = torch.arange(20 * 2**20, dtype=torch.float32)  # 80 MiB: two full pieces and a half
+    one = Fragment("w", (20, 2**20), 0, {"master": weight})
+    path = on_ranks(1, lambda m: save(tmp_path, state=STATE, fragments=[one], mesh=m, keep=1))[0]
+    pieces = read_manifest(path).tensors["master/w"].pieces
+    assert [piece.length * 4 for piece in pieces] == [32 * 2**20, 32 * 2**20, 16 * 2**20]
+    assert torch.equal(read_tensors(path, kind="master")["w"], weight.reshape(20, 2**20))

@@ -1,0 +1,155 @@
+"""The folder of a run's checkpoints: which one counts, how a new one takes its place, what is cleared away.
+
+Owns the names (step_000100, .partial while it is written, .old while it is replaced), the file `latest`, and the order of renames
+that leaves a whole checkpoint at every instant. Does not own what is inside a checkpoint. Called by train/checkpoint.py on rank 0.
+"""
+
+import contextlib
+import hashlib
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from train.manifest import MANIFEST, sum_line
+from train.storage import sync_folder, write_file
+
+logger = logging.getLogger(__name__)
+
+LATEST = "latest"
+PARTIAL = ".partial"
+OLD = ".old"
+STEP_FOLDER = re.compile(r"step_(\d{6,})(\.old)?")
+LATEST_LINE = re.compile(rf"([0-9a-f]{{64}})  step_\d{{6,}}/{re.escape(MANIFEST)}\n")
+
+
+def final_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}"
+
+
+def partial_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}{PARTIAL}"
+
+
+def candidates(folder: Path) -> list[str]:
+    """Names of the checkpoints in the order in which a resume tries them: what `latest` means, then the others, newest first.
+
+    `latest` means the manifest with its checksum, whatever the folder is called: a save of the same step that was killed
+    between its renames leaves it under the name with .old.
+
+    Raises:
+        RuntimeError: `latest` is there but no checkpoint is.
+    """
+    names = [entry.name for entry in folder.iterdir() if STEP_FOLDER.fullmatch(entry.name)] if folder.is_dir() else []
+    names.sort(key=lambda name: (_step_of(name), not name.endswith(OLD)), reverse=True)
+    latest = folder / LATEST
+    if not names:
+        if latest.exists():
+            raise RuntimeError(
+                f"{latest} names a checkpoint, but there is none in {folder}: bring it back, or remove {latest} to start anew"
+            )
+        return []
+    digest = _latest_digest(folder)
+    meant = [name for name in names if digest is not None and _manifest_digest(folder / name) == digest]
+    if not meant:
+        logger.warning("%s is damaged, or the checkpoint that it names is: taking the newest whole one", latest)
+    return meant + [name for name in names if name not in meant]
+
+
+def prepare(folder: Path, step: int) -> None:
+    """Clears what a killed save left behind and makes the empty folder to write `step` into.
+
+    Raises:
+        RuntimeError: the folder cannot be made.
+    """
+    partial = partial_path(folder, step)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _settle(folder)
+        partial.mkdir()
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise RuntimeError(
+            f"{partial} cannot be made ({error.strerror}): give this user a writable folder there or choose another "
+            "run.dir, then start again"
+        ) from error
+
+
+def publish(folder: Path, step: int, *, keep: int) -> None:
+    """Makes the written, checked checkpoint of `step` visible, names it in `latest`, then removes all but the last `keep`.
+
+    What needs space on the disk comes first: after it there are only renames. Steps beyond `step` belong to a course that the
+    run has left (it went back and came here again): they are removed too.
+
+    Raises:
+        RuntimeError: the disk is full or refuses a rename; `latest` then still names a whole checkpoint.
+    """
+    partial, final = partial_path(folder, step), final_path(folder, step)
+    old = final.with_name(final.name + OLD)
+    line = sum_line((partial / MANIFEST).read_bytes(), f"{final.name}/{MANIFEST}")
+    write_file(folder / (LATEST + PARTIAL), [line], size=len(line))
+    try:
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+        sync_folder(folder)
+        (folder / (LATEST + PARTIAL)).replace(folder / LATEST)
+        sync_folder(folder)
+    except OSError as error:
+        raise RuntimeError(
+            f"{final} is written but cannot be made visible ({error}): check the folder, then start again"
+        ) from error
+    _prune(folder, step, keep)
+
+
+def discard(path: Path) -> None:
+    """Removes a file or folder if it is there, a folder's name before its files. A failure is logged, not raised."""
+    try:
+        if path.is_dir() and not path.name.endswith(PARTIAL):
+            path = path.rename(path.with_name(path.name + PARTIAL))
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s could not be removed (%s): the next save tries again", path, error)
+
+
+def _step_of(name: str) -> int:
+    found = STEP_FOLDER.fullmatch(name)
+    assert found is not None, name
+    return int(found.group(1))
+
+
+def _latest_digest(folder: Path) -> str | None:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        found = LATEST_LINE.fullmatch((folder / LATEST).read_text(encoding="ascii"))
+        return found and found.group(1)
+    return None
+
+
+def _settle(folder: Path) -> None:
+    """Removes what killed saves left; gives what `latest` means its plain name back if it was about to be replaced."""
+    for leftover in folder.glob("*" + PARTIAL):
+        discard(leftover)
+    published = _latest_digest(folder)
+    for old in folder.glob("step_*" + OLD):
+        final = old.with_name(old.name.removesuffix(OLD))
+        if not final.exists() or (published is not None and published == _manifest_digest(old)):
+            discard(final)
+            old.rename(final)
+        else:
+            discard(old)
+
+
+def _manifest_digest(path: Path) -> str | None:
+    with contextlib.suppress(OSError):
+        return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+    return None
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    names = [entry.name for entry in folder.iterdir() if STEP_FOLDER.fullmatch(entry.name)]
+    plain = sorted((name for name in names if not name.endswith(OLD) and _step_of(name) <= step), key=_step_of)
+    for name in sorted(set(names) - set(plain[-keep:])):
+        discard(folder / name)

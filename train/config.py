@@ -1,0 +1,210 @@
+"""A run's whole config: composes every folder's section, and checks what one section cannot know about another.
+
+Owns the sections of train/ itself, the checks across sections, those that need the number of processes, and the rules
+of what a resumed run may change. The text of files and of errors is made in config_file.py and config_errors.py.
+Called by launcher/main.py (load) and train/run.py (world, resume, the copy in the run folder).
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data.config import DataConfig, check_layout
+from model.config import ModelConfig
+from parallel.config import ParallelConfig, ProcessInfo, resolve_ep_size, resolve_node_size
+from train.config_errors import sections, validate
+from train.config_file import Tree, read_tree, yaml_text
+
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunConfig(Section):
+    """The job: where it writes, how long it is, what it computes in."""
+
+    dir: str = Field(min_length=1, description="run folder, relative to the folder the command is typed in")
+    steps: Count = Field(description="optimizer steps in all; also the length of the schedule")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=1, description="of the weights, the order of the data, dropout"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the matmuls; the weights are float32 in both"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: cuda where torch sees a GPU, else cpu"
+    )
+    log_every_steps: Count = Field(default=10, description="steps between two lines of metrics")
+
+
+class OptimConfig(Section):
+    """The optimizer, its schedule, and how many micro-steps make a step."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: NotNegative = Field(description="peak learning rate")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="adamw only")
+    eps: Annotated[float, Field(gt=0.0)] = Field(default=1.0e-8, description="adamw only")
+    weight_decay: NotNegative = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="steps in which the rate rises linearly to lr"
+    )
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="after the warmup; cosine ends at the last step"
+    )
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.0, description="where cosine ends, as a part of lr"
+    )
+    clip_grad_norm: NotNegative = Field(
+        default=0.25, description="largest global gradient norm; 0.0 turns clipping off"
+    )
+    accumulation_steps: Count = Field(
+        1, description="micro-steps of a step; each has global_batch_size / accumulation_steps rows"
+    )
+
+    @model_validator(mode="after")
+    def _schedule_has_an_end(self) -> Self:
+        if self.schedule == "constant" and self.min_lr_ratio:
+            raise ValueError(
+                f"min_lr_ratio is where a cosine ends, but schedule is constant and min_lr_ratio is {self.min_lr_ratio}: "
+                "set min_lr_ratio to 0.0 or schedule to cosine"
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    """When the run is saved; it is always saved at its end."""
+
+    every_steps: Count = 100
+    keep: Count = Field(default=3, description="checkpoints kept, the newest")
+
+
+class EvalConfig(Section):
+    """When the held-out loss is measured, and on how much."""
+
+    every_steps: Count = 100
+    max_tokens: Count = Field(default=65536, description="targets scored, from the start of the held-out split")
+
+
+class Config(Section):
+    """Everything a run is started with. Other programs read and write these names: none is renamed."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optim: OptimConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        if self.optim.warmup_steps >= self.run.steps:
+            raise ValueError(
+                f"optim.warmup_steps must be below run.steps, but warmup_steps is {self.optim.warmup_steps} and steps is "
+                f"{self.run.steps}: lower optim.warmup_steps or raise run.steps"
+            )
+        # With one process only the division into micro-steps is checked; check_world asks again with their number.
+        check_layout(self.data, accumulation_steps=self.optim.accumulation_steps, num_ranks=1)
+        return self
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `auto` in the parallel section means in this world: processes per expert group, and per node."""
+
+    ep_size: int
+    node_size: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One dotted key and its two values; None stands for an absent one."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.old} and is {self.new}"
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file with `a.b=c` overrides over it. ValueError, one sentence, for anything wrong in them."""
+    return validate(Config, read_tree(path, overrides=overrides, sections=sections(Config)))
+
+
+def check_world(config: Config, info: ProcessInfo) -> Layout:
+    """Everything that depends on the number of processes. ValueError where it does not fit the config."""
+    check_layout(config.data, accumulation_steps=config.optim.accumulation_steps, num_ranks=info.world_size)
+    processes, local = info.world_size, info.local_world_size
+    node_size = resolve_node_size(config.parallel.node_size, processes=processes, processes_per_node=local)
+    ep_size = resolve_ep_size(
+        config.parallel.ep_size,
+        processes=processes,
+        processes_per_node=node_size,
+        smallest_bank=config.model.smallest_bank(),
+    )
+    return Layout(ep_size=ep_size, node_size=node_size)
+
+
+def to_yaml(config: Config) -> str:
+    """YAML of every value, defaults included; `load_config` of it gives an equal config."""
+    return yaml_text(config.model_dump(mode="json"))
+
+
+# What a resumed run may change. The first part says where the work is done and what is written beside it: the rows, the
+# mathematics and the schedule stay. Left out on purpose: run.dtype and optim.accumulation_steps change the arithmetic,
+# data.shards and data.streams the meaning of the saved position, eval.max_tokens what heldout_loss in metrics.jsonl is.
+_MAY_CHANGE = (
+    "parallel.",
+    "run.dir",  # the folder was moved
+    "run.device",
+    "run.log_every_steps",
+    "data.num_workers",
+    "model.recompute",  # another layout may need the memory; dropout masks do not depend on the order of computing
+    "model.expert_backend",  # another machine may lack the kernel
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "eval.every_steps",
+)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
+    """Every value that differs between two trees of sections, in the order of `new`, then what only `old` has."""
+    found = []
+    for name in [*new, *(name for name in old if name not in new)]:
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += [Difference(f"{name}.{d.key}", d.old, d.new) for d in differences(before, after)]
+        elif before != after:
+            found.append(Difference(name, before, after))
+    return found
+
+
+def check_resume(saved_config: dict[str, Any], config: Config) -> list[str]:
+    """Sentences for the log about what a resumed run changes; `saved_config` is the tree that the run was saved with.
+
+    Raises:
+        ValueError: one sentence that names every key that may not change, with both values.
+    """
+    # Through the class, so that a field that is newer than the run counts as its default.
+    saved = validate(Config, Tree(values=saved_config, file="the config saved with the run", overrides={}))
+    changes = differences(saved.model_dump(mode="json"), config.model_dump(mode="json"))
+    longer = config.run.steps > saved.run.steps
+    refused = [c for c in changes if not (c.key.startswith(_MAY_CHANGE) or (c.key == "run.steps" and longer))]
+    if refused:
+        grow = "; run.steps may only grow" if any(change.key == "run.steps" for change in refused) else ""
+        raise ValueError(
+            f"{config.run.dir} holds a run with another config: {'; '.join(map(str, refused))}{grow}: "
+            f"give the old value{'s' if len(refused) > 1 else ''} to resume it, or another run.dir to start a new run"
+        )
+    return [f"{change}{' (the schedule is recomputed)' if change.key == 'run.steps' else ''}" for change in changes]

@@ -1,0 +1,217 @@
+"""The life of a job, in the order in which it happens. Called by launcher/main.py.
+
+Owns that order and nothing else: each line hands over to the module that knows.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.index import check_tokenizer
+from data.loader import Batch, heldout_batches, train_batches
+from model.parameters import count_parameters
+from parallel.config import ProcessInfo
+from train import checkpoint
+from train.build import Data, build_model, open_data, open_world, set_up_torch
+from train.config import Config, Layout, check_world, to_yaml
+from train.engine import Engine, World
+from train.evaluate import evaluate
+from train.metrics import MetricsWriter, Reporter, evaluation_record, router_record, step_record
+from train.optimizer import learning_rate
+from train.run_folder import RunFolder, find_changes, write_folder
+from train.step import StepResult, StepSettings, total_reports, train_step
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run has at hand from its first step to its last."""
+
+    config: Config
+    layout: Layout
+    data: Data
+    world: World
+    engine: Engine
+    reporter: Reporter
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(Path(self.config.run.dir))
+
+    @property
+    def settings(self) -> StepSettings:
+        return StepSettings(
+            self.config.optim.accumulation_steps,
+            self.config.run.seed,
+            # auto is true until a mixer has memory
+            mask_documents=self.config.data.document_mask is not False,
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Updates done and rows consumed; both 0 at the start of a new run."""
+
+    step: int
+    position: int
+
+
+def run(config: Config, info: ProcessInfo) -> None:
+    """Trains until run.steps, from the newest whole checkpoint if the run folder holds one.
+
+    Raises:
+        ValueError: something in the config does not fit the processes, the shards or the run folder; nothing was written.
+        RuntimeError: the world failed (a corrupt shard, a full disk, a loss that is not finite); checkpoints stay as they are.
+    """
+    layout = check_world(config, info)
+    data = open_data(config)
+    changes = find_changes(config)
+    device = set_up_torch(config, info)
+    with open_world(config, info, layout, device=device) as (world, build_engine):
+        model = build_model(config, vocab_size=data.train.vocab_size, device=device)
+        engine = build_engine(model)
+        world.barrier()  # every rank has read the run folder before rank 0 writes into it
+        if world.rank == 0:
+            write_folder(config)
+        with Reporter(is_main=world.rank == 0, total_steps=config.run.steps) as reporter:
+            reporter.say(
+                f"{count_parameters(model):,} parameters on {info.world_size} process(es), ep_size {layout.ep_size}, "
+                f"zero_stage {config.parallel.zero_stage}, {config.run.dtype}, grouped_matmul by {model.backend}"
+            )
+            for change in changes:
+                reporter.say(f"changed since the run began: {change}")
+            job = Job(config, layout, data, world, engine, reporter)
+            train(job, restore(job))
+
+
+def dry_run(config: Config, info: ProcessInfo) -> None:
+    """Prints the resolved config and the model's size; starts nothing and writes nothing.
+
+    Raises:
+        ValueError: what `run` would refuse before its first step; model.vocab_size is null and there are no shards to ask.
+    """
+    check_world(config, info)
+    vocab_size = config.model.vocab_size or open_data(config).train.vocab_size
+    model = build_model(config, vocab_size=vocab_size, device=torch.device("cpu"))
+    if info.rank == 0:
+        print(to_yaml(config), end="")
+        print(f"# vocabulary: {vocab_size:,} tokens\n# parameters: {count_parameters(model):,}")
+
+
+def restore(job: Job) -> Progress:
+    """Fills the engine from the newest whole checkpoint of the run folder, if there is one.
+
+    Raises:
+        ValueError: the checkpoint was made from other shards or another tokenizer.
+        RuntimeError: there are checkpoints, but none is whole.
+    """
+    newest = checkpoint.latest(job.folder.checkpoints, mesh=job.world)
+    if newest is None:
+        return Progress(step=0, position=0)
+    saved = checkpoint.read_state(newest)
+    index = job.data.train
+    check_tokenizer(index, saved.extra["tokenizer_id"])
+    if saved.extra["data_fingerprint"] != index.fingerprint:
+        raise ValueError(
+            f"a run must go on with the shards it began with, but those in {index.folder} have fingerprint {index.fingerprint} "
+            f"and {newest} was made from {saved.extra['data_fingerprint']}: restore the shards, or choose another run.dir to "
+            "start a new run"
+        )
+    checkpoint.load(newest, fragments=job.engine.fragments(), mesh=job.world, verify=False)  # `latest` just did
+    job.engine.restored(step=saved.step)
+    job.reporter.say(f"resumed from {newest}: step {saved.step}, data position {saved.position}")
+    return Progress(step=saved.step, position=saved.position)
+
+
+def train(job: Job, start: Progress) -> None:
+    """The loop: a step, then whatever is due after it. What a step tells is on disk before the checkpoint that follows it."""
+    config, last = job.config, job.config.run.steps
+    if start.step >= last:
+        job.reporter.say(f"nothing to do: step {start.step} of {last} is done (raise run.steps to go on)")
+        return
+    batches = _train_batches(job, start.position)
+    writer = MetricsWriter(job.folder, restored_step=start.step) if job.world.rank == 0 else None
+    job.reporter.start(start.step)
+    logged, logged_at = start, time.perf_counter()
+    for step in range(start.step, last):
+        lr = learning_rate(step, config.optim, num_steps=last)
+        result = train_step(job.engine, batches, job.world, job.settings, step=step, lr=lr)
+        done = Progress(step + 1, start.position + (step + 1 - start.step) * config.data.global_batch_size)
+        job.reporter.step(done.step)
+
+        evaluates = done.step == last or done.step % config.eval.every_steps == 0
+        if evaluates or done.step % config.run.log_every_steps == 0:
+            rows_per_second = (done.position - logged.position) / (time.perf_counter() - logged_at)
+            record = _measure(job, result, done, lr=lr, rows_per_second=rows_per_second, evaluates=evaluates)
+            if writer is not None:
+                writer.write(record)
+            job.reporter.record(record)
+            logged, logged_at = done, time.perf_counter()
+
+        if done.step == last or done.step % config.checkpoint.every_steps == 0:
+            save(job, done)
+    if writer is not None:
+        writer.close()
+    job.reporter.say(f"done: step {last}; checkpoints, metrics and config are in {job.folder.path}")
+
+
+def save(job: Job, at: Progress) -> None:
+    """Writes a checkpoint; RuntimeError on every rank if any could not write, and then the earlier ones are untouched."""
+    state = checkpoint.TrainState(
+        step=at.step,
+        position=at.position,
+        config=job.config.model_dump(mode="json"),
+        extra={
+            "tokenizer_id": job.data.train.tokenizer_id,
+            "data_fingerprint": job.data.train.fingerprint,
+            "layout": {"processes": job.world.world_size, "ep_size": job.layout.ep_size},
+        },
+    )
+    fragments = job.engine.owned_fragments()
+    keep = job.config.checkpoint.keep
+    checkpoint.save(job.folder.checkpoints, state=state, fragments=fragments, mesh=job.world, keep=keep)
+
+
+def _measure(
+    job: Job, result: StepResult, done: Progress, *, lr: float, rows_per_second: float, evaluates: bool
+) -> dict[str, Any]:
+    """The record of a step: every rank takes part, because loads and the held-out loss are those of all ranks."""
+    record = step_record(
+        result,
+        step=done.step,
+        position=done.position,
+        lr=lr,
+        tokens=done.position * job.config.data.sequence_length,
+        tokens_per_second=rows_per_second * job.config.data.sequence_length,
+    )
+    record["routers"] = router_record(total_reports(result.reports, job.world))
+    if evaluates:
+        heldout = _heldout_batches(job)
+        record |= evaluation_record(evaluate(job.engine, heldout, job.world, job.settings, step=done.step))
+    return record
+
+
+def _train_batches(job: Job, position: int) -> Iterator[Batch]:
+    return train_batches(
+        job.config.data,
+        job.data.train,
+        seed=job.config.run.seed,
+        accumulation_steps=job.config.optim.accumulation_steps,
+        rank=job.world.rank,
+        num_ranks=job.world.world_size,
+        position=position,
+    )
+
+
+def _heldout_batches(job: Job) -> Iterator[Batch]:
+    return heldout_batches(
+        job.config.data,
+        job.data.heldout,
+        max_tokens=job.config.eval.max_tokens,
+        accumulation_steps=job.config.optim.accumulation_steps,
+        rank=job.world.rank,
+        num_ranks=job.world.world_size,
+    )
