@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 the world failed (RuntimeError), 2 the user must change something (ValueError)."""
+    """Exit code: 0 done, 1 the world failed (RuntimeError, OSError), 2 the user must change something (ValueError)."""
     _put_this_clone_first()
     rank = 0
     try:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from train import run
 
         (run.dry_run if args.dry_run else run.run)(config, info)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         if not _is_sentence(error):
             traceback.print_exception(error)
         _report(str(error), rank)

@@ -159,6 +159,10 @@ def raise_runtime_error(config: Config, info: ProcessInfo) -> None:
     raise RuntimeError("the disk is full: free some")
 
 
+def open_what_is_not_there(config: Config, info: ProcessInfo) -> None:
+    Path("not_there").open()
+
+
 def import_what_is_missing(config: Config, info: ProcessInfo) -> None:
     importlib.import_module("not_there")
 
@@ -181,6 +185,14 @@ def test_a_failure_of_the_world_is_one_sentence_and_exit_code_1(
     in_process(raise_runtime_error)
     assert main(["--config", TINY]) == 1
     assert capsys.readouterr().err == "error: the disk is full: free some\n"
+
+
+def test_a_failure_of_the_operating_system_ends_in_a_sentence(
+    in_process: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_process(open_what_is_not_there)
+    assert main(["--config", TINY]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: [Errno 2] No such file or directory: 'not_there'"
 
 
 def test_a_missing_package_says_where_the_right_python_is(
