@@ -7,6 +7,7 @@ the same groups with DeepSpeed, so there is one set of communicators. train/ ask
 import contextlib
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ class Mesh:
 
     def barrier(self) -> None:
         """Returns when every rank is here."""
-        self.sum(torch.zeros(1))
+        self.sum(torch.zeros(1)).item()  # the host waits too, also for NCCL
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks of a tensor of one shape and dtype, on every rank: one all-reduce of its bytes over the world group."""
@@ -85,7 +86,8 @@ class Mesh:
 def open_mesh(info: ProcessInfo, *, ep_size: int, device: torch.device, timeout_s: float = 600.0) -> Iterator[Mesh]:
     """Joins the processes of the run and leaves them again.
 
-    A collective that waits longer than `timeout_s` seconds for a rank fails with an error instead of waiting for ever.
+    A collective that waits longer than `timeout_s` seconds for a rank fails with an error instead of waiting for ever (in whole
+    minutes, rounded up).
     """
     owns_process_group = not dist.is_initialized()
     if owns_process_group:
@@ -100,7 +102,7 @@ def open_mesh(info: ProcessInfo, *, ep_size: int, device: torch.device, timeout_
             store=HashStore() if info.world_size == 1 else None,  # one process needs no port
         )
     try:
-        with _groups(ep_size) as parallel_state:
+        with _groups(ep_size, timeout_s=timeout_s) as parallel_state:
             yield Mesh(
                 rank=info.rank,
                 world_size=info.world_size,
@@ -117,11 +119,15 @@ def open_mesh(info: ProcessInfo, *, ep_size: int, device: torch.device, timeout_
 
 
 @contextlib.contextmanager
-def _groups(ep_size: int) -> Iterator[Any]:
+def _groups(ep_size: int, *, timeout_s: float) -> Iterator[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron.core warns four times about optional CUDA packages when imported
         from megatron.core import parallel_state
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=ep_size, create_gloo_process_groups=False)
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=ep_size,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),  # megatron's own default is 30 minutes
+    )
     try:
         yield parallel_state
     finally:

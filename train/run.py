@@ -17,7 +17,7 @@ from model.parameters import count_parameters
 from parallel.config import ProcessInfo
 from train import checkpoint
 from train.build import Data, build_model, open_data, open_world, set_up_torch
-from train.config import Config, Layout, check_world, to_yaml
+from train.config import Config, Layout, check_resume, check_world, to_yaml
 from train.engine import Engine, World
 from train.evaluate import evaluate
 from train.metrics import MetricsWriter, Reporter, evaluation_record, router_record, step_record
@@ -73,9 +73,6 @@ def run(config: Config, info: ProcessInfo) -> None:
     with open_world(config, info, layout, device=device) as (world, build_engine):
         model = build_model(config, vocab_size=data.train.vocab_size, device=device)
         engine = build_engine(model)
-        world.barrier()  # every rank has read the run folder before rank 0 writes into it
-        if world.rank == 0:
-            write_folder(config)
         with Reporter(is_main=world.rank == 0, total_steps=config.run.steps) as reporter:
             reporter.say(
                 f"{count_parameters(model):,} parameters on {info.world_size} process(es), ep_size {layout.ep_size}, "
@@ -84,7 +81,12 @@ def run(config: Config, info: ProcessInfo) -> None:
             for change in changes:
                 reporter.say(f"changed since the run began: {change}")
             job = Job(config, layout, data, world, engine, reporter)
-            train(job, restore(job))
+            start = restore(job)
+            batches = _train_batches(job, start.position)
+            world.barrier()  # every rank has read the run folder, and nothing was refused, before rank 0 writes into it
+            if world.rank == 0:
+                write_folder(config)
+            train(job, start, batches)
 
 
 def dry_run(config: Config, info: ProcessInfo) -> None:
@@ -105,13 +107,14 @@ def restore(job: Job) -> Progress:
     """Fills the engine from the newest whole checkpoint of the run folder, if there is one.
 
     Raises:
-        ValueError: the checkpoint was made from other shards or another tokenizer.
+        ValueError: the checkpoint was made with another config, from other shards or with another tokenizer.
         RuntimeError: there are checkpoints, but none is whole.
     """
     newest = checkpoint.latest(job.folder.checkpoints, mesh=job.world)
     if newest is None:
         return Progress(step=0, position=0)
     saved = checkpoint.read_state(newest)
+    check_resume(saved.config, job.config)  # config.yaml may be gone; the checkpoint's own config decides
     index = job.data.train
     check_tokenizer(index, saved.extra["tokenizer_id"])
     if saved.extra["data_fingerprint"] != index.fingerprint:
@@ -126,13 +129,12 @@ def restore(job: Job) -> Progress:
     return Progress(step=saved.step, position=saved.position)
 
 
-def train(job: Job, start: Progress) -> None:
+def train(job: Job, start: Progress, batches: Iterator[Batch]) -> None:
     """The loop: a step, then whatever is due after it. What a step tells is on disk before the checkpoint that follows it."""
     config, last = job.config, job.config.run.steps
     if start.step >= last:
         job.reporter.say(f"nothing to do: step {start.step} of {last} is done (raise run.steps to go on)")
         return
-    batches = _train_batches(job, start.position)
     writer = MetricsWriter(job.folder, restored_step=start.step) if job.world.rank == 0 else None
     job.reporter.start(start.step)
     logged, logged_at = start, time.perf_counter()

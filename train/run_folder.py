@@ -5,6 +5,7 @@ Owns config.yaml and environment.json. metrics.py owns metrics.jsonl and tensorb
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -65,8 +66,13 @@ def write_folder(config: Config) -> None:
     """Writes config.yaml and environment.json. Called by rank 0, after every rank has looked at the old ones."""
     folder = RunFolder(Path(config.run.dir))
     folder.path.mkdir(parents=True, exist_ok=True)
-    folder.config.write_text(to_yaml(config))
-    folder.environment.write_text(json.dumps(describe_environment(), indent=2) + "\n")
+    for path, text in (
+        (folder.config, to_yaml(config)),
+        (folder.environment, json.dumps(describe_environment(), indent=2) + "\n"),
+    ):
+        aside = path.with_suffix(".partial")  # a config.yaml that a kill cut short would keep the run from resuming
+        aside.write_text(text)
+        os.replace(aside, path)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -76,9 +76,9 @@ def train_step(
     result = _reduce(totals, world, grad_norm=grad_norm, accumulation_steps=settings.accumulation_steps)
     if not (torch.tensor([result.loss, result.auxiliary_loss, grad_norm]).isfinite().all()):
         raise RuntimeError(
-            f"the loss and the gradient norm must be finite, but at step {step} the loss is {result.loss}, the auxiliary loss "
-            f"{result.auxiliary_loss} and the gradient norm {grad_norm}: lower optim.lr or clip_grad_norm and resume from the last "
-            "checkpoint"
+            f"the loss and the gradient norm must be finite, but at step {step + 1} the loss is {result.loss}, the auxiliary loss "
+            f"{result.auxiliary_loss} and the gradient norm {grad_norm}: lower optim.lr or clip_grad_norm in a run with "
+            "another run.dir"
         )
     return result
 

@@ -104,6 +104,15 @@ def test_a_run_folder_with_another_config_keeps_its_run(config: ConfigFile, fail
     assert records(config.folder) == before
 
 
+def test_a_checkpoint_of_another_config_is_refused_also_without_config_yaml(config: ConfigFile, fails):
+    from launcher.main import main
+
+    assert main(config.arguments(ALONE, "run.steps=4")) == 0
+    (config.folder / "config.yaml").unlink()
+    assert "run.seed was 5 and is 9" in fails(config.arguments(ALONE, "run.steps=6", "run.seed=9"))
+    assert not (config.folder / "config.yaml").exists()
+
+
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(config: ConfigFile, fails, monkeypatch):
     from launcher.main import main
     from train import storage

@@ -160,7 +160,7 @@ def raise_runtime_error(config: Config, info: ProcessInfo) -> None:
 
 
 def open_what_is_not_there(config: Config, info: ProcessInfo) -> None:
-    Path("not_there").open()
+    Path("not_there").read_text()
 
 
 def import_what_is_missing(config: Config, info: ProcessInfo) -> None:

@@ -64,6 +64,10 @@ def test_bfloat16_layouts_equal_one_process_at_its_precision(pool, processes, ep
         np.testing.assert_allclose(rank.scalars[0], truth.scalars[0], rtol=4e-3)
         np.testing.assert_allclose(rank.scalars[1], truth.scalars[1], rtol=3e-2)  # AdamW's first update is sign-like
     found, alone_at_0 = gradients_of(seen, step=0), gradients_of([alone], step=0)
+    big = "output.weight"
+    exact_big = gradients_of([truth], step=0)[big]
+    error, usual = np.linalg.norm(found[big] - exact_big), np.linalg.norm(alone_at_0[big] - exact_big)
+    assert error > 0.5 * usual, "bf16 must really be on: float32 would be nearer"
     for name, wanted in gradients_of([truth], step=0).items():
         error, usual = np.linalg.norm(found[name] - wanted), np.linalg.norm(alone_at_0[name] - wanted)
         assert error < 1.3 * usual, f"gradient of {name}: off by {error}, one process by {usual}"

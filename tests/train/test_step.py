@@ -105,7 +105,7 @@ def test_a_micro_step_without_a_target_counts_as_zero():
     "engine", [TableEngine(norm=math.inf), TableEngine(norm=math.nan), TableEngine(scale=math.nan)]
 )
 def test_a_loss_or_norm_that_is_not_finite_is_an_error(engine: TableEngine):
-    with pytest.raises(RuntimeError, match="must be finite, but at step 3"):
+    with pytest.raises(RuntimeError, match="must be finite, but at step 4"):
         step_of(engine, batches())
 
 
