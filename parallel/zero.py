@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO engine behind the interface of train/engine.py. Every private name of DeepSpeed that we touch is in this file.
 
-What DeepSpeed does silently wrong for us, and what is done about it (each has a test in tests/parallel/test_zero.py):
+What DeepSpeed does silently wrong for us, and what is done about it (tests in tests/parallel/test_zero.py and test_same_as_one_process.py):
 - experts are found only through a module of its own MoE class: `mark_experts` adds one empty child of it;
 - `gradient_clipping` left out means 1.0: it is always written;
 - at stage 0 the norm that it clips by is wrong under expert parallelism: there we clip ourselves, and its clipping is 0.0;

@@ -223,12 +223,12 @@ def test_the_loop_never_indexes_the_bank() -> None:
     """The backward of weights[g] allocates a gradient of the whole bank, for each group."""
     weights = normal(3, 8, 4).requires_grad_()
     output = grouped_matmul(normal(6, 8), weights, offsets_G=ends([1, 2, 3]), backend="loop")
-    names, todo = set(), [output.grad_fn]
-    while todo:
-        node = todo.pop()
+    names, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
         if node is not None:
             names.add(node.name())
-            todo += [parent for parent, _ in node.next_functions]
+            waiting += [parent for parent, _ in node.next_functions]
     assert "UnbindBackward0" in names
     assert not {"SelectBackward0", "IndexBackward0", "SliceBackward0"} & names
 
