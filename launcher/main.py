@@ -81,6 +81,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _is_sentence(error: Exception) -> bool:
     """True for an error that our own code raised: written for the user. Any other is a bug and shows where it was."""
     frames = traceback.extract_tb(error.__traceback__)
+    if frames[-1].name == "raise_together" and isinstance(error.__cause__, Exception):
+        return _is_sentence(error.__cause__)  # what failed on this rank and was told to all
     raised = Path(frames[-1].filename)
     return raised.is_relative_to(ROOT) and not raised.is_relative_to(ROOT / ".venv")
 

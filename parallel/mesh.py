@@ -70,16 +70,20 @@ class Mesh:
         return [json.loads(bytes(text.cpu().numpy())) for text in texts]
 
     def raise_together(self, error: Exception | None) -> None:
-        """Every rank calls it with its own error or None; if any has one, all raise.
+        """Every rank calls it with its own error or None; if any has one, all raise the first failing rank's.
 
         Raises:
-            RuntimeError: names the first failing rank and its message, on every rank; that rank's own error is the cause.
+            ValueError: that error is one: the user must change something.
+            RuntimeError: that error is any other. The message names the rank where there are several; the cause is the own error.
         """
         if not self.agree(error is not None):
             return
-        messages = self.all_gather_object(None if error is None else f"{error}" or type(error).__name__)
-        failing = [rank for rank, message in enumerate(messages) if message is not None]
-        raise RuntimeError(f"{messages[failing[0]]} (rank {failing[0]} of {self.world_size})") from error
+        mine = None if error is None else [str(error) or type(error).__name__, isinstance(error, ValueError)]
+        told = self.all_gather_object(mine)
+        rank = next(rank for rank, one in enumerate(told) if one is not None)
+        sentence, is_of_the_user = told[rank]
+        where = f" (rank {rank} of {self.world_size})" if self.world_size > 1 else ""
+        raise (ValueError if is_of_the_user else RuntimeError)(sentence + where) from error
 
 
 @contextlib.contextmanager

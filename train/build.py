@@ -8,14 +8,17 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from data.index import ShardIndex, check_tokenizer, open_index
-from kernels.grouped_matmul import choose_backend
-from model.parameters import materialize
+from kernels.grouped_matmul import choose_backend, why_not_torch
+from model.memory import StreamMemory
+from model.parameters import fill, materialize
 from model.transformer import Transformer
 from parallel.config import ProcessInfo
+from train.checkpoint import read_tensors
 from train.config import Config, Layout
 from train.engine import Engine, LocalMesh, PlainEngine, World
 from train.optimizer import build_optimizer, parameter_groups
@@ -48,11 +51,18 @@ def set_up_torch(config: Config, info: ProcessInfo) -> torch.device:
     # a debugging aid that costs a pass over every new tensor
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // info.local_world_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // info.local_world_size))
     if config.run.device != "cuda":  # launcher/environment.py has turned auto into what the machine has
         return torch.device("cpu")
-    torch.cuda.set_device(info.local_rank)
-    return torch.device("cuda", info.local_rank)
+    visible = torch.cuda.device_count()
+    if visible > 1 and info.local_rank >= visible:
+        raise ValueError(
+            f"each process needs a GPU of its own, but local rank {info.local_rank} finds {visible} GPUs: start at most {visible} "
+            "processes on this machine"
+        )
+    index = info.local_rank if visible > 1 else 0  # SLURM may show each task only its own
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def build_model(config: Config, *, vocab_size: int, device: torch.device) -> Transformer:
@@ -60,6 +70,43 @@ def build_model(config: Config, *, vocab_size: int, device: torch.device) -> Tra
     dtype, widths = getattr(torch, config.run.dtype), config.model.expert_widths()
     backend = choose_backend(config.model.expert_backend, device=device, dtype=dtype, widths=widths)
     return Transformer(config.model, vocab_size=vocab_size, backend=backend)
+
+
+def notes(config: Config, device: torch.device) -> list[str]:
+    """Sentences for the log: what a default was turned into, and why."""
+    found = config.model.notes()
+    if config.model.expert_backend == "auto":
+        dtype, widths = getattr(torch, config.run.dtype), config.model.expert_widths()
+        reason = why_not_torch(dtype, device_type=device.type, widths=widths)
+        found += [f"model.expert_backend auto: {reason}"] if reason else []
+    return found
+
+
+def load_model(path: Path, config: Config, *, vocab_size: int, device: torch.device) -> Transformer:
+    """The whole network with the weights of the checkpoint `path`, for one process that only reads it."""
+    model = build_model(config, vocab_size=vocab_size, device=device)
+    fill(model, read_tensors(path, kind="master"), device=device)
+    return model
+
+
+def build_memory(config: Config, world: World, *, evaluation: bool = False) -> StreamMemory | None:
+    """The empty memory of this process's streams, of the training or of one evaluation; None for a model without memory."""
+    blocks = config.model.memory_blocks()
+    if not blocks:
+        return None
+    num_streams = config.data.streams
+    if evaluation:
+        blocks = {depth: config.eval.memory_blocks or number for depth, number in blocks.items()}
+        num_streams = config.data.global_batch_size // config.optim.accumulation_steps
+    return StreamMemory(
+        blocks,
+        row_length=config.data.sequence_length,
+        d_model=config.model.d_model,
+        num_streams=num_streams,
+        rank=world.rank,
+        num_ranks=world.world_size,
+        device=world.device,
+    )
 
 
 @contextlib.contextmanager
@@ -86,14 +133,16 @@ def open_world(
     from parallel.parallelize import parallelize
     from parallel.zero import ZeroEngine
 
-    with open_mesh(info, ep_size=layout.ep_size, device=device) as mesh:
+    with open_mesh(info, ep_size=layout.ep_size, device=device) as mesh, contextlib.ExitStack() as engines:
 
         def zero_engine(model: Transformer) -> Engine:
             parallelize(model, mesh, seed=config.run.seed)
             groups = parameter_groups(model, weight_decay=config.optim.weight_decay)
             stage = config.parallel.zero_stage
-            return ZeroEngine(
+            engine = ZeroEngine(
                 model, groups, lambda split: build_optimizer(split, config.optim), mesh=mesh, stage=stage, **settings
             )
+            engines.callback(engine.close)
+            return engine
 
         yield mesh, zero_engine

@@ -9,7 +9,7 @@ Every function that takes a mesh is called by all ranks, and makes the same coll
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -20,6 +20,7 @@ from torch import Tensor
 from model.fragments import Fragment
 from train import checkpoint_folder
 from train.coverage import Report, check_load, check_save, parts_of, union
+from train.engine import LocalMesh
 from train.manifest import (
     FORMAT,
     MANIFEST,
@@ -37,10 +38,10 @@ from train.manifest import (
     sum_line,
 )
 from train.storage import DTYPES, Part, Written, check_files, read_parts, write_file, write_tensors
+from train.together import on_every_rank, on_rank_zero
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 SomeRecord = TypeVar("SomeRecord", bound=Record)
 
 
@@ -91,22 +92,23 @@ def save(
 
     Raises:
         RuntimeError: on all ranks, with the first failing rank's sentence. Earlier checkpoints and `latest` are as they were.
+        ValueError: likewise, if an argument is not what it must be.
     """
-    _on_every_rank(mesh, lambda: _check_arguments(state, keep))
-    parts = _on_every_rank(mesh, lambda: parts_of(fragments, tensors or {}))
+    on_every_rank(mesh, lambda: _check_arguments(state, keep))
+    parts = on_every_rank(mesh, lambda: parts_of(fragments, tensors or {}))
     reports = _gather(mesh, Report.of(parts, step=state.step, position=state.position))
-    _on_every_rank(mesh, lambda: check_save(reports))
+    on_every_rank(mesh, lambda: check_save(reports))
     partial = checkpoint_folder.partial_path(folder, state.step)
     try:
-        _on_rank_zero(mesh, lambda: checkpoint_folder.prepare(folder, state.step))
-        written = _on_every_rank(mesh, lambda: write_tensors(partial / f"rank_{mesh.rank:05d}.safetensors", parts))
+        on_rank_zero(mesh, lambda: checkpoint_folder.prepare(folder, state.step))
+        written = on_every_rank(mesh, lambda: write_tensors(partial / f"rank_{mesh.rank:05d}.safetensors", parts))
         files = _gather(mesh, written)
-        _on_rank_zero(mesh, lambda: _write_manifest(partial, state, reports, files))
+        on_rank_zero(mesh, lambda: _write_manifest(partial, state, reports, files))
         # Each rank reads the next rank's file: through a network file system its own would come from its own memory.
         share = (mesh.rank + 1) % mesh.world_size
-        _on_every_rank(mesh, lambda: _check_whole(partial, share=share, shares=mesh.world_size))
-        _on_rank_zero(mesh, lambda: checkpoint_folder.publish(folder, state.step, keep=keep))
-    except RuntimeError:
+        on_every_rank(mesh, lambda: _check_whole(partial, share=share, shares=mesh.world_size))
+        on_rank_zero(mesh, lambda: checkpoint_folder.publish(folder, state.step, keep=keep))
+    except (RuntimeError, ValueError):
         if mesh.rank == 0:
             checkpoint_folder.discard(partial)
         raise
@@ -121,8 +123,8 @@ def latest(folder: Path, *, mesh: Mesh | None = None) -> Path | None:
     Raises:
         RuntimeError: there are checkpoints but none is whole; a run that began anew would in the end remove them.
     """
-    mesh = mesh or _Alone()
-    names = mesh.all_gather_object(_on_rank_zero(mesh, lambda: checkpoint_folder.candidates(folder)))[0]
+    mesh = mesh or LocalMesh(torch.device("cpu"))
+    names = mesh.all_gather_object(on_rank_zero(mesh, lambda: checkpoint_folder.candidates(folder)))[0]
     problem = ""
     for name in names:
         found = mesh.all_gather_object(_problem(folder / name, share=mesh.rank, shares=mesh.world_size))
@@ -147,16 +149,22 @@ def read_state(path: Path) -> TrainState:
     return _state_of(read_manifest(path))
 
 
-def read_tensors(path: Path, *, kind: str = STATE) -> dict[str, Tensor]:
+def read_tensors(path: Path, *, kind: str = STATE, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """The whole tensors of one kind by logical name, on the CPU: the named tensors of `save`, or all weights with kind="master".
 
-    File checksums are not compared again: `latest` and `load` do that.
+    names: only these. File checksums are not compared again: `latest` and `load` do that.
 
     Raises:
-        RuntimeError: the manifest is damaged, or a file is not what it says.
+        RuntimeError: the manifest is damaged, a file is not what it says, or a name is not in the checkpoint.
     """
     manifest = read_manifest(path)
-    entries = {name: entry for name, entry in manifest.tensors.items() if name.startswith(f"{kind}/")}
+    wanted = None if names is None else [f"{kind}/{name}" for name in names]
+    missing = [name for name in wanted or () if name not in manifest.tensors]
+    if missing:
+        raise RuntimeError(f"{path} must hold {missing[0]}, but does not: go on with the checkpoint before it")
+    if wanted is None:
+        wanted = [name for name in manifest.tensors if name.startswith(f"{kind}/")]
+    entries = {name: manifest.tensors[name] for name in wanted}
     parts = [Part(name, tuple(e.shape), 0, torch.empty(e.numel, dtype=DTYPES[e.dtype])) for name, e in entries.items()]
     read_parts(path, manifest, parts)
     return {part.name.removeprefix(f"{kind}/"): part.values.reshape(part.shape) for part in parts}
@@ -174,44 +182,15 @@ def load(path: Path, *, fragments: list[Fragment], mesh: Mesh, verify: bool = Tr
     Raises:
         RuntimeError: on all ranks: a damaged file, or a name, shape or range that differs between checkpoint and model.
     """
-    manifest = _on_every_rank(mesh, lambda: read_manifest(path))
+    manifest = on_every_rank(mesh, lambda: read_manifest(path))
     state = _state_of(manifest)
-    parts = _on_every_rank(mesh, lambda: parts_of(fragments, {}))
+    parts = on_every_rank(mesh, lambda: parts_of(fragments, {}))
     reports = _gather(mesh, Report.of(parts, step=state.step, position=state.position))
-    _on_every_rank(mesh, lambda: check_load(path, manifest, reports))
+    on_every_rank(mesh, lambda: check_load(path, manifest, reports))
     if verify:
-        _on_every_rank(mesh, lambda: check_files(path, manifest, share=mesh.rank, shares=mesh.world_size))
-    _on_every_rank(mesh, lambda: read_parts(path, manifest, parts))
+        on_every_rank(mesh, lambda: check_files(path, manifest, share=mesh.rank, shares=mesh.world_size))
+    on_every_rank(mesh, lambda: read_parts(path, manifest, parts))
     return state
-
-
-class _Alone:
-    """The mesh of a caller that reads a checkpoint by itself."""
-
-    rank = 0
-    world_size = 1
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        return [value]
-
-    def raise_together(self, error: Exception | None) -> None:
-        if error is not None:
-            raise error
-
-
-def _on_every_rank(mesh: Mesh, work: Callable[[], Result]) -> Result:
-    """Runs `work`, in which no collective may be, on this rank; if it fails on any rank, all raise that rank's error."""
-    try:
-        result = work()
-    except Exception as error:
-        mesh.raise_together(error)
-        raise
-    mesh.raise_together(None)
-    return result
-
-
-def _on_rank_zero(mesh: Mesh, work: Callable[[], Result]) -> Result | None:
-    return _on_every_rank(mesh, lambda: work() if mesh.rank == 0 else None)
 
 
 def _state_of(manifest: Manifest) -> TrainState:

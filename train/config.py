@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from data.config import DataConfig, check_layout
 from model.config import ModelConfig
+from model.section import Section
 from parallel.config import ParallelConfig, ProcessInfo, resolve_ep_size, resolve_node_size
 from train.config_errors import sections, validate
 from train.config_file import Tree, read_tree, yaml_text
@@ -21,12 +22,6 @@ from train.config_file import Tree, read_tree, yaml_text
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """A part of the config: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class RunConfig(Section):
@@ -71,6 +66,18 @@ class OptimConfig(Section):
     )
 
     @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        unused = sorted({"betas", "eps"} & self.model_fields_set)
+        # a resolved config writes the defaults out: those ask for nothing
+        unused = [name for name in unused if getattr(self, name) != type(self).model_fields[name].default]
+        if self.optimizer == "sgd" and unused:
+            raise ValueError(
+                f"{unused[0]} belongs to adamw, but optimizer is sgd and {unused[0]} is {getattr(self, unused[0])}: "
+                f"remove {unused[0]} or set optimizer to adamw"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _schedule_has_an_end(self) -> Self:
         if self.schedule == "constant" and self.min_lr_ratio:
             raise ValueError(
@@ -92,6 +99,9 @@ class EvalConfig(Section):
 
     every_steps: Count = 100
     max_tokens: Count = Field(default=65536, description="targets scored, from the start of the held-out split")
+    memory_blocks: Count | None = Field(
+        default=None, description="rows of memory of every mixer that has memory; null: as many as in training"
+    )
 
 
 class Config(Section):
@@ -112,9 +122,37 @@ class Config(Section):
                 f"optim.warmup_steps must be below run.steps, but warmup_steps is {self.optim.warmup_steps} and steps is "
                 f"{self.run.steps}: lower optim.warmup_steps or raise run.steps"
             )
+        self._lengths_and_memory_fit()
         # With one process only the division into micro-steps is checked; check_world asks again with their number.
         check_layout(self.data, accumulation_steps=self.optim.accumulation_steps, num_ranks=1)
         return self
+
+    def _lengths_and_memory_fit(self) -> None:
+        mixers, memory = self.model.mixer_kinds(), self.model.memory_blocks()
+        for name in dict.fromkeys(mixers):
+            getattr(self.model, name).check_length(self.data.sequence_length, mixers)
+        if self.eval.memory_blocks is not None and not memory:
+            raise ValueError(
+                f"eval.memory_blocks is for mixers with memory, but it is {self.eval.memory_blocks} and no mixer of "
+                f"{list(self.model.mixers)} has memory_blocks: set eval.memory_blocks to null, or give a mixer memory_blocks"
+            )
+        if memory and self.data.document_mask is True:
+            raise ValueError(
+                f"memory crosses the ends of documents, but data.document_mask is true and memory_blocks is {max(memory.values())}: "
+                "set data.document_mask to auto or false, or memory_blocks to 0"
+            )
+        rows = self.data.global_batch_size // self.optim.accumulation_steps
+        if memory and self.data.streams % rows:
+            raise ValueError(
+                "with memory a micro-step must not meet a stream twice: its rows must divide data.streams, but "
+                f"data.global_batch_size / optim.accumulation_steps is {rows} and streams is {self.data.streams}: set data.streams to "
+                f"a multiple of {rows}"
+            )
+
+    @property
+    def mask_documents(self) -> bool:
+        """What data.document_mask means for this model: auto is true unless a mixer has memory."""
+        return self.data.document_mask is True or (self.data.document_mask == "auto" and not self.model.memory_blocks())
 
 
 @dataclass(frozen=True)
@@ -190,14 +228,18 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
     return found
 
 
-def check_resume(saved_config: dict[str, Any], config: Config) -> list[str]:
-    """Sentences for the log about what a resumed run changes; `saved_config` is the tree that the run was saved with.
+def read_saved(values: dict[str, Any]) -> Config:
+    """The config that a run was saved with. A field that is newer than the run has its default."""
+    return validate(Config, Tree(values=values, file="the config saved with the run", overrides={}))
+
+
+def check_resume(saved_values: dict[str, Any], config: Config) -> list[str]:
+    """Sentences for the log about what a resumed run changes; `saved_values` is the tree that the run was saved with.
 
     Raises:
         ValueError: one sentence that names every key that may not change, with both values.
     """
-    # Through the class, so that a field that is newer than the run counts as its default.
-    saved = validate(Config, Tree(values=saved_config, file="the config saved with the run", overrides={}))
+    saved = read_saved(saved_values)
     changes = differences(saved.model_dump(mode="json"), config.model_dump(mode="json"))
     longer = config.run.steps > saved.run.steps
     refused = [c for c in changes if not (c.key.startswith(_MAY_CHANGE) or (c.key == "run.steps" and longer))]

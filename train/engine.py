@@ -56,7 +56,7 @@ class LocalMesh:
 
     def raise_together(self, error: Exception | None) -> None:
         if error is not None:
-            raise RuntimeError(str(error)) from error
+            raise error
 
 
 class Engine(Protocol):

@@ -8,8 +8,9 @@ import torch
 
 from data.loader import Batch
 from model.loss import IGNORED, cross_entropy_sum
+from model.memory import StreamMemory
 from train.engine import Engine, World
-from train.step import StepSettings, context_of
+from train.step import StepSettings, forward
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,22 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, batches: Iterable[Batch], world: World, settings: StepSettings, *, step: int
+    engine: Engine,
+    batches: Iterable[Batch],
+    world: World,
+    settings: StepSettings,
+    *,
+    step: int,
+    memory: StreamMemory | None = None,
 ) -> Evaluation:
-    """Scores all batches; every rank must bring the same number of them. Leaves the model in training mode."""
+    """Scores all batches; every rank must bring the same number of them. Leaves the model in training mode.
+
+    memory: empty, of the evaluation's own streams, where a mixer has memory.
+    """
     engine.model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
-        context = context_of(batch, settings, step=step, device=world.device)
-        logits_BSV = engine.forward(batch.tokens_BS.to(world.device), context).logits_BSV
+        logits_BSV = forward(engine, batch, settings, step=step, device=world.device, memory=memory).logits_BSV
         sums[0] += cross_entropy_sum(logits_BSV, batch.targets_BS.to(world.device)).double().cpu()
         sums[1] += (batch.targets_BS != IGNORED).sum()
         sums[2] += batch.num_bytes

@@ -1,11 +1,11 @@
 """What a run tells: metrics.jsonl, TensorBoard, and the console of rank 0.
 
-Owns the names of the metrics. A record is one JSON object for each logged step; on resume the records after the restored step are
-dropped, because those steps are done again.
+Owns the names of the metrics. A record is one JSON object for each logged step.
 """
 
+import itertools
 import json
-import os
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from model.router import RouterReport
+from train.engine import World
 from train.evaluate import Evaluation, bits_per_byte
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, explained, replace_file
 from train.step import StepResult
+from train.together import on_rank_zero
+
+logger = logging.getLogger(__name__)
 
 
 def step_record(
     result: StepResult, *, step: int, position: int, lr: float, tokens: int, tokens_per_second: float
 ) -> dict[str, Any]:
     """The metrics of a step. step: updates done. tokens: rows * length consumed since the run began. loss: nats per target."""
-    nats = result.loss * result.num_targets
     return {
         "step": step,
         "loss": result.loss,
-        "bits_per_byte": bits_per_byte(nats, result.num_bytes),
+        "bits_per_byte": bits_per_byte(result.nats, result.num_bytes),
         "auxiliary_loss": result.auxiliary_loss,
         "grad_norm": result.grad_norm,
         "lr": lr,
@@ -62,37 +65,67 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, float]:
 
 
 class MetricsWriter:
-    """metrics.jsonl and TensorBoard of rank 0. `restored_step`: records of later steps are dropped first."""
+    """metrics.jsonl and TensorBoard. Every rank calls it, rank 0 writes; if that fails, every rank raises its RuntimeError.
 
-    def __init__(self, folder: RunFolder, *, restored_step: int) -> None:
-        _drop_later(folder.metrics, restored_step)
-        self._file = folder.metrics.open("a")
-        self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=restored_step + 1)
+    `restored_step`: updates that the run goes on from. Records of later steps are dropped, because those steps are done again; with
+    no checkpoint to go on from (0) the records of an earlier attempt are kept, in a file beside the new one.
+    """
+
+    def __init__(self, folder: RunFolder, world: World, *, restored_step: int) -> None:
+        self._folder, self._world = folder, world
+        on_rank_zero(world, lambda: self._open(restored_step))
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in _flat(record):
-            self._tensorboard.add_scalar(name, value, record["step"])
+        on_rank_zero(self._world, lambda: self._write(record))
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        on_rank_zero(self._world, self._close)
+
+    def _open(self, restored_step: int) -> None:
+        with explained(self._folder.metrics):
+            if restored_step == 0:
+                _keep_aside(self._folder.metrics)
+            else:
+                _drop_later(self._folder.metrics, restored_step)
+            self._file = self._folder.metrics.open("a")
+        with explained(self._folder.tensorboard):
+            self._tensorboard = SummaryWriter(str(self._folder.tensorboard), purge_step=restored_step + 1)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with explained(self._folder.metrics):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        with explained(self._folder.tensorboard):
+            for name, value in _flat(record):
+                self._tensorboard.add_scalar(name, value, record["step"])
+
+    def _close(self) -> None:
+        with explained(self._folder.metrics):
+            self._file.close()
+        with explained(self._folder.tensorboard):
+            self._tensorboard.close()
+
+
+def _keep_aside(path: Path) -> None:
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    aside = next(name for name in numbered if not name.exists())
+    path.rename(aside)
+    logger.warning("%s has the metrics of an attempt that left no checkpoint: this run begins anew", aside)
 
 
 def _drop_later(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line)
         except json.JSONDecodeError:
             continue  # the line that a kill cut short; its step is done again
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(aside, path)
+    replace_file(path, "".join(f"{line}\n" for line in kept))
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -13,10 +13,11 @@ import torch
 
 from data.index import check_tokenizer
 from data.loader import Batch, heldout_batches, train_batches
+from model.memory import StreamMemory
 from model.parameters import count_parameters
 from parallel.config import ProcessInfo
 from train import checkpoint
-from train.build import Data, build_model, open_data, open_world, set_up_torch
+from train.build import Data, build_memory, build_model, notes, open_data, open_world, set_up_torch
 from train.config import Config, Layout, check_resume, check_world, to_yaml
 from train.engine import Engine, World
 from train.evaluate import evaluate
@@ -24,6 +25,7 @@ from train.metrics import MetricsWriter, Reporter, evaluation_record, router_rec
 from train.optimizer import learning_rate
 from train.run_folder import RunFolder, find_changes, write_folder
 from train.step import StepResult, StepSettings, total_reports, train_step
+from train.together import on_every_rank, on_rank_zero, read_together
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Job:
     data: Data
     world: World
     engine: Engine
+    memory: StreamMemory | None
     reporter: Reporter
 
     @property
@@ -46,8 +49,7 @@ class Job:
         return StepSettings(
             self.config.optim.accumulation_steps,
             self.config.run.seed,
-            # auto is true until a mixer has memory
-            mask_documents=self.config.data.document_mask is not False,
+            mask_documents=self.config.mask_documents,
         )
 
 
@@ -78,14 +80,15 @@ def run(config: Config, info: ProcessInfo) -> None:
                 f"{count_parameters(model):,} parameters on {info.world_size} process(es), ep_size {layout.ep_size}, "
                 f"zero_stage {config.parallel.zero_stage}, {config.run.dtype}, grouped_matmul by {model.backend}"
             )
+            for note in notes(config, device):
+                reporter.say(note)
             for change in changes:
                 reporter.say(f"changed since the run began: {change}")
-            job = Job(config, layout, data, world, engine, reporter)
+            job = Job(config, layout, data, world, engine, build_memory(config, world), reporter)
             start = restore(job)
             batches = _train_batches(job, start.position)
             world.barrier()  # every rank has read the run folder, and nothing was refused, before rank 0 writes into it
-            if world.rank == 0:
-                write_folder(config)
+            on_rank_zero(world, lambda: write_folder(config))
             train(job, start, batches)
 
 
@@ -113,6 +116,18 @@ def restore(job: Job) -> Progress:
     newest = checkpoint.latest(job.folder.checkpoints, mesh=job.world)
     if newest is None:
         return Progress(step=0, position=0)
+    on_every_rank(job.world, lambda: _check_same_run(job, newest))
+    # `latest` has just compared the checksums
+    saved = checkpoint.load(newest, fragments=job.engine.fragments(), mesh=job.world, verify=False)
+    job.engine.restored(step=saved.step)
+    memory = job.memory
+    if memory is not None:
+        on_every_rank(job.world, lambda: memory.restore(checkpoint.read_tensors(newest, names=memory.names())))
+    job.reporter.say(f"resumed from {newest}: step {saved.step}, data position {saved.position}")
+    return Progress(step=saved.step, position=saved.position)
+
+
+def _check_same_run(job: Job, newest: Path) -> None:
     saved = checkpoint.read_state(newest)
     check_resume(saved.config, job.config)  # config.yaml may be gone; the checkpoint's own config decides
     index = job.data.train
@@ -123,10 +138,6 @@ def restore(job: Job) -> Progress:
             f"and {newest} was made from {saved.extra['data_fingerprint']}: restore the shards, or choose another run.dir to "
             "start a new run"
         )
-    checkpoint.load(newest, fragments=job.engine.fragments(), mesh=job.world, verify=False)  # `latest` just did
-    job.engine.restored(step=saved.step)
-    job.reporter.say(f"resumed from {newest}: step {saved.step}, data position {saved.position}")
-    return Progress(step=saved.step, position=saved.position)
 
 
 def train(job: Job, start: Progress, batches: Iterator[Batch]) -> None:
@@ -135,28 +146,28 @@ def train(job: Job, start: Progress, batches: Iterator[Batch]) -> None:
     if start.step >= last:
         job.reporter.say(f"nothing to do: step {start.step} of {last} is done (raise run.steps to go on)")
         return
-    writer = MetricsWriter(job.folder, restored_step=start.step) if job.world.rank == 0 else None
+    writer = MetricsWriter(job.folder, job.world, restored_step=start.step)
     job.reporter.start(start.step)
-    logged, logged_at = start, time.perf_counter()
+    rows, seconds = 0, 0.0  # of the steps since the last record, without its evaluation and the checkpoints in between
     for step in range(start.step, last):
         lr = learning_rate(step, config.optim, num_steps=last)
-        result = train_step(job.engine, batches, job.world, job.settings, step=step, lr=lr)
+        began = time.perf_counter()
+        result = train_step(job.engine, batches, job.world, job.settings, step=step, lr=lr, memory=job.memory)
+        seconds += time.perf_counter() - began
+        rows += config.data.global_batch_size
         done = Progress(step + 1, start.position + (step + 1 - start.step) * config.data.global_batch_size)
         job.reporter.step(done.step)
 
         evaluates = done.step == last or done.step % config.eval.every_steps == 0
         if evaluates or done.step % config.run.log_every_steps == 0:
-            rows_per_second = (done.position - logged.position) / (time.perf_counter() - logged_at)
-            record = _measure(job, result, done, lr=lr, rows_per_second=rows_per_second, evaluates=evaluates)
-            if writer is not None:
-                writer.write(record)
+            record = _measure(job, result, done, lr=lr, rows_per_second=rows / seconds, evaluates=evaluates)
+            writer.write(record)
             job.reporter.record(record)
-            logged, logged_at = done, time.perf_counter()
+            rows, seconds = 0, 0.0
 
         if done.step == last or done.step % config.checkpoint.every_steps == 0:
             save(job, done)
-    if writer is not None:
-        writer.close()
+    writer.close()
     job.reporter.say(f"done: step {last}; checkpoints, metrics and config are in {job.folder.path}")
 
 
@@ -174,7 +185,10 @@ def save(job: Job, at: Progress) -> None:
     )
     fragments = job.engine.owned_fragments()
     keep = job.config.checkpoint.keep
-    checkpoint.save(job.folder.checkpoints, state=state, fragments=fragments, mesh=job.world, keep=keep)
+    tensors = {} if job.memory is None else job.memory.tensors()
+    checkpoint.save(
+        job.folder.checkpoints, state=state, fragments=fragments, tensors=tensors, mesh=job.world, keep=keep
+    )
 
 
 def _measure(
@@ -191,8 +205,10 @@ def _measure(
     )
     record["routers"] = router_record(total_reports(result.reports, job.world))
     if evaluates:
-        heldout = _heldout_batches(job)
-        record |= evaluation_record(evaluate(job.engine, heldout, job.world, job.settings, step=done.step))
+        heldout = read_together(job.world, _heldout_batches(job))
+        memory = build_memory(job.config, job.world, evaluation=True)
+        evaluation = evaluate(job.engine, heldout, job.world, job.settings, step=done.step, memory=memory)
+        record |= evaluation_record(evaluation)
     return record
 
 

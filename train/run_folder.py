@@ -1,20 +1,25 @@
 """The folder of a run: its resolved config and the versions that made it. Rank 0 writes; every rank reads.
 
-Owns config.yaml and environment.json. metrics.py owns metrics.jsonl and tensorboard/, checkpoint.py owns checkpoints/.
+Owns config.yaml and environment.json, how a small file is replaced, and what is said when one cannot be written. metrics.py owns
+metrics.jsonl and tensorboard/, checkpoint.py owns checkpoints/.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from data.tokenizer import TOKENIZER_FILE
+from train.checkpoint_folder import candidates
 from train.config import Config, check_resume, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +41,10 @@ class RunFolder:
         return self.path / "environment.json"
 
     @property
+    def tokenizer(self) -> Path:
+        return self.path / TOKENIZER_FILE
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -51,28 +60,79 @@ class RunFolder:
 def find_changes(config: Config) -> list[str]:
     """What this run changes against the one that is in its folder, as sentences for the log; nothing for a new run.
 
-    A folder with a config but neither metrics nor checkpoints holds a run that never took a step: it may be written over.
+    A folder without a checkpoint has nothing to go on from: a run with any config may begin there. (metrics.py keeps what an
+    earlier attempt has told.)
 
     Raises:
-        ValueError: the folder holds a run with another config, all keys named.
+        ValueError: the folder holds a run with another config, all keys named; or run.dir is no folder.
+        RuntimeError: what lies in the folder cannot be read.
     """
     folder = RunFolder(Path(config.run.dir))
-    if not folder.config.exists() or not (folder.metrics.exists() or folder.checkpoints.exists()):
-        return []
-    return check_resume(yaml.safe_load(folder.config.read_text()), config)
+    try:
+        if folder.path.exists() and not folder.path.is_dir():
+            raise ValueError(
+                f"run.dir must be a folder, but {folder.path} is a file: move it, or choose another run.dir"
+            )
+        if not folder.config.exists() or not candidates(folder.checkpoints):
+            return []
+        saved = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RuntimeError(
+            f"{error.filename or folder.path} cannot be read ({error.strerror}): let this user read it, or choose another run.dir"
+        ) from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RuntimeError(_torn(folder.config)) from error
+    if not isinstance(saved, dict):
+        raise RuntimeError(_torn(folder.config))
+    return check_resume(saved, config)
+
+
+def _torn(path: Path) -> str:
+    return (
+        f"{path} must hold the config of the run in its folder, but is damaged: remove it and start again (the checkpoints hold "
+        "the config too, and it is compared)"
+    )
 
 
 def write_folder(config: Config) -> None:
-    """Writes config.yaml and environment.json. Called by rank 0, after every rank has looked at the old ones."""
+    """Writes config.yaml, environment.json and the shards' tokenizer.json. Called by rank 0, after all have looked at the old ones.
+
+    Raises:
+        RuntimeError: the folder cannot be made or written.
+    """
     folder = RunFolder(Path(config.run.dir))
-    folder.path.mkdir(parents=True, exist_ok=True)
-    for path, text in (
-        (folder.config, to_yaml(config)),
-        (folder.environment, json.dumps(describe_environment(), indent=2) + "\n"),
-    ):
-        aside = path.with_suffix(".partial")  # a config.yaml that a kill cut short would keep the run from resuming
-        aside.write_text(text)
+    with explained(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+    replace_file(folder.config, to_yaml(config))
+    replace_file(folder.tokenizer, (Path(config.data.shards) / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    replace_file(folder.environment, json.dumps(describe_environment(), indent=2) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes `text` aside, forces it to disk and gives it the name `path`: a kill or a power cut leaves the old file or the new.
+
+    Raises:
+        RuntimeError: the disk is full or refuses; `path` is as it was.
+    """
+    aside = path.with_suffix(".partial")
+    with explained(path):
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns an error of the operating system while writing `path` into a RuntimeError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(
+            f"{path} cannot be written ({error.strerror or error}): free space there, give this user a folder that it may write, "
+            "or choose another run.dir, then start again"
+        ) from error
 
 
 def describe_environment() -> dict[str, Any]:

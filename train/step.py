@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
-from model.context import BatchContext, document_mask
+from model.context import BatchContext
 from model.loss import IGNORED, cross_entropy_sum
+from model.memory import StreamMemory
 from model.router import RouterReport
+from model.transformer import ModelOutput
 from train.engine import Engine, World
 
 
@@ -31,12 +33,15 @@ class StepSettings:
 class StepResult:
     """A step seen by all ranks together. loss and auxiliary_loss in nats, mean over micro-steps; grad_norm before clipping.
 
-    num_targets and num_bytes: of all ranks. reports: this rank's router reports, summed over micro-steps (see `total_reports`).
+    nats: the cross-entropy summed over all targets, which the mean over micro-steps does not give when their numbers of targets
+    differ. num_targets and num_bytes: of all ranks. reports: this rank's router reports, summed over micro-steps (see
+    `total_reports`).
     """
 
     loss: float
     auxiliary_loss: float
     grad_norm: float
+    nats: float
     num_targets: int
     num_bytes: int
     reports: dict[str, RouterReport]
@@ -44,34 +49,58 @@ class StepResult:
 
 @dataclass
 class _Totals:
-    """Sums over a step's micro-steps of this rank's shares."""
+    """Sums over a step's micro-steps of this rank's shares; the tensors stay on the device, so that no micro-step waits for it."""
 
     loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     auxiliary_loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    nats: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     num_targets: int = 0
     num_bytes: int = 0
     reports: dict[str, RouterReport] = field(default_factory=dict)
 
 
-def context_of(batch: Batch, settings: StepSettings, *, step: int, device: torch.device) -> BatchContext:
-    """What the layers may know of a batch's rows."""
-    mask = document_mask(batch.document_ids_BS.to(device)) if settings.mask_documents else None
-    return BatchContext(batch.positions_B.to(device), mask, settings.seed, step)
+def forward(
+    engine: Engine,
+    batch: Batch,
+    settings: StepSettings,
+    *,
+    step: int,
+    device: torch.device,
+    memory: StreamMemory | None,
+) -> ModelOutput:
+    """The model on a batch, with the memory of its rows, which then remembers them."""
+    past = None if memory is None else memory.read(batch.positions_B, batch.continues_B)
+    documents_BS = batch.document_ids_BS.to(device) if settings.mask_documents else None
+    context = BatchContext(batch.positions_B.to(device), documents_BS, settings.seed, step, past)
+    output = engine.forward(batch.tokens_BS.to(device), context)
+    if memory is not None and past is not None:
+        memory.write(past, batch.positions_B, output.layer_inputs)
+    return output
 
 
 def train_step(
-    engine: Engine, batches: Iterator[Batch], world: World, settings: StepSettings, *, step: int, lr: float
+    engine: Engine,
+    batches: Iterator[Batch],
+    world: World,
+    settings: StepSettings,
+    *,
+    step: int,
+    lr: float,
+    memory: StreamMemory | None = None,
 ) -> StepResult:
     """Runs step number `step` (0 is the first) on the next micro-steps of `batches`.
 
+    memory: of this rank's streams, where a mixer has memory; it moves on with the rows.
+
     Raises:
-        RuntimeError: the loss or the gradient norm is not finite, on every rank alike. Checkpoints stay as they are.
+        RuntimeError: the loss or the gradient norm is not finite, or a rank could not read its rows: on every rank alike.
+            Checkpoints stay as they are.
     """
     engine.model.train()
     totals = _Totals()
     for micro_step in range(settings.accumulation_steps):
         last = micro_step == settings.accumulation_steps - 1
-        _micro_step(engine, next(batches), world, settings, totals, step=step, last=last)
+        _micro_step(engine, batches, world, settings, totals, step=step, last=last, memory=memory)
     grad_norm = engine.step(lr)
     result = _reduce(totals, world, grad_norm=grad_norm, accumulation_steps=settings.accumulation_steps)
     if not (torch.tensor([result.loss, result.auxiliary_loss, grad_norm]).isfinite().all()):
@@ -84,20 +113,27 @@ def train_step(
 
 
 def _micro_step(
-    engine: Engine, batch: Batch, world: World, settings: StepSettings, totals: _Totals, *, step: int, last: bool
+    engine: Engine,
+    batches: Iterator[Batch],
+    world: World,
+    settings: StepSettings,
+    totals: _Totals,
+    *,
+    step: int,
+    last: bool,
+    memory: StreamMemory | None,
 ) -> None:
+    batch, num_targets = _next_batch(batches, world)
     targets_BS = batch.targets_BS.to(world.device)
-    local_targets = (batch.targets_BS != IGNORED).sum().to(torch.int64)
-    num_targets = max(1, int(world.sum(local_targets.view(1)).item()))
-    output = engine.forward(
-        batch.tokens_BS.to(world.device), context_of(batch, settings, step=step, device=world.device)
-    )
+    output = forward(engine, batch, settings, step=step, device=world.device, memory=memory)
     loss_sum = cross_entropy_sum(output.logits_BSV, targets_BS)
     engine.backward(loss_sum * (world.world_size / num_targets) + output.auxiliary_loss, last=last)
 
-    totals.loss += loss_sum.detach().double().cpu() / num_targets
-    totals.auxiliary_loss += output.auxiliary_loss.detach().double().cpu()
-    totals.num_targets += int(local_targets)
+    nats = loss_sum.detach().double()
+    totals.loss = totals.loss + nats / num_targets
+    totals.nats = totals.nats + nats
+    totals.auxiliary_loss = totals.auxiliary_loss + output.auxiliary_loss.detach().double()
+    totals.num_targets += int((batch.targets_BS != IGNORED).sum())
     totals.num_bytes += batch.num_bytes
     for name, report in output.reports.items():
         seen = totals.reports.get(name)
@@ -106,15 +142,35 @@ def _micro_step(
         )
 
 
+def _next_batch(batches: Iterator[Batch], world: World) -> tuple[Batch, int]:
+    """This rank's next rows, and the number of targets of all ranks (at least 1); what fails on one rank is raised on all.
+
+    One all-reduce of 16 bytes over all ranks: the counts, and how many ranks failed, which so costs nothing.
+    """
+    batch, error = None, None
+    try:
+        batch = next(batches)
+    except Exception as caught:  # mostly a damaged shard; the others would wait for this rank in their first exchange
+        error = caught
+    local_targets = 0 if batch is None else int((batch.targets_BS != IGNORED).sum())
+    num_targets, failed = world.sum(torch.tensor([local_targets, int(batch is None)])).tolist()
+    if failed:
+        world.raise_together(error)
+    assert batch is not None
+    return batch, max(1, num_targets)
+
+
 def _reduce(totals: _Totals, world: World, *, grad_norm: float, accumulation_steps: int) -> StepResult:
     counts = torch.tensor([totals.num_targets, totals.num_bytes], dtype=torch.float64)  # exact below 2**53
-    sums = world.sum(torch.cat([totals.loss.view(1), totals.auxiliary_loss.view(1), counts])).tolist()
+    losses = torch.stack([totals.loss, totals.auxiliary_loss, totals.nats])
+    sums = world.sum(torch.cat([losses, counts.to(losses.device)])).tolist()
     return StepResult(
         loss=sums[0] / accumulation_steps,
         auxiliary_loss=sums[1] / world.world_size / accumulation_steps,
         grad_norm=grad_norm,
-        num_targets=int(sums[2]),
-        num_bytes=int(sums[3]),
+        nats=sums[2],
+        num_targets=int(sums[3]),
+        num_bytes=int(sums[4]),
         reports=totals.reports,
     )
 

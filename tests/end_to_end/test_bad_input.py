@@ -123,7 +123,7 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(config: ConfigFile
     def full(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", full)
+    monkeypatch.setattr(storage, "sync_folder", full)
     sentence = fails(config.arguments(ALONE, "run.steps=8"), code=1)
     assert "step_000008" in sentence
     monkeypatch.undo()
@@ -136,6 +136,51 @@ def test_a_loss_that_is_not_finite(config: ConfigFile, fails):
     sentence = fails(config.arguments(ALONE, "optim.lr=1.0e+30", "optim.clip_grad_norm=0.0"), code=1)
     assert "must be finite" in sentence
     assert "lower optim.lr" in sentence
+
+
+def test_a_run_that_left_no_checkpoint_may_begin_again_with_another_config(config: ConfigFile, fails):
+    from launcher.main import main
+
+    fails(config.arguments(ALONE, "optim.lr=1.0e+30", "optim.clip_grad_norm=0.0"), code=1)
+    before = (config.folder / "metrics.jsonl").read_text()
+    assert main(config.arguments(ALONE, "run.steps=4")) == 0
+    assert sorted(records(config.folder)) == [1, 2, 3, 4]
+    assert (config.folder / "metrics.jsonl.1").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "named"),
+    [
+        ("file", 2, "run.dir must be a folder, but "),
+        ("file/run", 1, "file/run cannot be written (Not a directory)"),
+        ("/proc/run", 1, "/proc/run cannot be written (No such file or directory)"),
+        ("full", 1, "full/metrics.jsonl cannot be written (No space left on device)"),
+    ],
+)
+def test_a_run_folder_that_cannot_be_written(config: ConfigFile, tmp_path: Path, capsys, place, code, named):
+    from launcher.main import main
+
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "metrics.jsonl").symlink_to("/dev/full")
+    assert main(config.arguments(ALONE, f"run.dir={tmp_path / place}")) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert named in line
+    assert "choose another run.dir" in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_a_row_that_is_damaged_behind_the_index(config: ConfigFile, copied: Path, capsys, split: str):
+    from launcher.main import main
+
+    tar = tar_in(copied / split)
+    tar.write_bytes(b"\xa5" * tar.stat().st_size)
+    settings = [f"data.{name}={copied}/{folder}" for name, folder in (("shards", "train"), ("heldout", "heldout"))]
+    assert main(config.arguments(ALONE, *settings)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tar) in line
 
 
 def test_a_source_folder_without_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -214,6 +214,32 @@ def test_a_value_error_that_we_did_not_write_shows_where_it_was(
     assert lines[-1].startswith("error: Expecting property name")
 
 
+def told_to_all(body: Callable[[Config, ProcessInfo], None]) -> Callable[[Config, ProcessInfo], None]:
+    """Fails as a rank does whose error all ranks hear of: raised anew in our own code, with the own error as the cause."""
+
+    def raise_together(error: Exception) -> None:
+        raise RuntimeError(f"{error} (rank 0 of 2)") from error
+
+    def call(config: Config, info: ProcessInfo) -> None:
+        try:
+            body(config, info)
+        except Exception as error:
+            raise_together(error)
+
+    return call
+
+
+def test_an_error_told_to_all_ranks_shows_where_it_was_only_if_we_did_not_write_it(
+    in_process: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_process(told_to_all(raise_runtime_error))
+    assert main(["--config", TINY]) == 1
+    assert capsys.readouterr().err == "error: the disk is full: free some (rank 0 of 2)\n"
+    in_process(told_to_all(raise_from_a_library))
+    assert main(["--config", TINY]) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
 def test_other_ranks_say_who_they_are(
     in_process: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,42 @@ def test_values_of_every_rank_arrive_on_every_rank_and_an_error_of_one_is_raised
         assert message == "no space left (rank 1 of 4)"
 
 
+def two_failures(first: str, second: str) -> tuple[str, str, bool]:
+    """Ranks 1 and 3 fail, each with the error of the given class name."""
+    own = {1: first, 3: second}
+    with open_world(1) as mesh:
+        name = own.get(mesh.rank)
+        error = (
+            None
+            if name is None
+            else {"ValueError": ValueError, "OSError": OSError}[name](f"rank {mesh.rank} says {name}")
+        )
+        try:
+            mesh.raise_together(error)
+        except (RuntimeError, ValueError) as raised:
+            return type(raised).__name__, str(raised), raised.__cause__ is error
+        return "nothing", "", False
+
+
+@pytest.mark.parametrize(("first", "raised"), [("ValueError", "ValueError"), ("OSError", "RuntimeError")])
+def test_the_first_failing_rank_decides_whether_the_user_must_change_something(pool, first, raised):
+    second = "OSError" if first == "ValueError" else "ValueError"
+    assert pool(4).run(two_failures, first, second) == [(raised, f"rank 1 says {first} (rank 1 of 4)", True)] * 4
+
+
+def fail_alone() -> str:
+    with open_world(1) as mesh:
+        try:
+            mesh.raise_together(ValueError("streams must be even"))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+
+def test_one_process_names_no_rank(pool):
+    assert pool(1).run(fail_alone) == ["streams must be even"]
+
+
 def open_often() -> tuple[int, int]:
     counts = []
     for _ in range(3):

@@ -54,7 +54,7 @@ def error_of(*overrides: str, text: str | None = None, folder: Path | None = Non
         ("optim.lr=.nan", ["optim.lr must be a finite number", "nan"]),
         ("run.dir=''", ["run.dir must not be empty"]),
         ("run.dtype=bf16", ["run.dtype must be float32 or bfloat16", "'bf16'", "write bfloat16"]),
-        ("model.mixers=[switchead]", ["model.mixers[0] must be", "'switchead'", "write switchhead"]),
+        ("model.mixers=[switchead]", ["model.mixers must name kinds", "names switchead", "write switchhead"]),
         ("model.mixers=[]", ["model.mixers must have 1 or more entries", "[]"]),
         ("optim.betas=[0.9]", ["optim.betas", "too few", "[0.9]"]),
         ("optim.betas=[0.9, 0.9, 0.9]", ["optim.betas must have 2 or fewer entries"]),

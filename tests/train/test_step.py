@@ -12,6 +12,7 @@ from model.context import BatchContext
 from model.loss import IGNORED
 from model.router import RouterReport
 from model.transformer import ModelOutput
+from tests.parallel.two_steps import open_world
 from train.engine import Engine, LocalMesh
 from train.evaluate import evaluate
 from train.step import StepSettings, total_reports, train_step
@@ -30,13 +31,13 @@ class TableEngine:
         self.norm = norm
         self.losses: list[tuple[float, bool]] = []
         self.rates: list[float] = []
-        self.masks: list[Any] = []
+        self.documents: list[Any] = []
 
     def forward(self, tokens_BS: torch.Tensor, context: BatchContext) -> ModelOutput:
-        self.masks.append(context.attention_mask_B1SS)
+        self.documents.append(context.document_ids_BS)
         counts = torch.bincount(tokens_BS.flatten(), minlength=3).float()
         report = RouterReport(counts, counts / 2, torch.tensor(float(tokens_BS.numel())))
-        return ModelOutput(self.table[tokens_BS], self.table.sum() * 0 - 0.25, {"mlp": report})
+        return ModelOutput(self.table[tokens_BS], self.table.sum() * 0 - 0.25, {"mlp": report}, {})
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.losses.append((loss.item(), last))
@@ -82,10 +83,11 @@ def test_the_loss_of_a_step_is_the_mean_over_micro_steps_of_their_means_over_tar
     result = step_of(engine, batches())
     assert result.loss == pytest.approx((FIRST + SECOND) / 2, rel=1e-6)
     assert result.auxiliary_loss == -0.25
+    assert result.nats == pytest.approx(4 * FIRST + SECOND, rel=1e-6)  # not loss * num_targets
     assert (result.grad_norm, result.num_targets, result.num_bytes) == (1.5, 5, 11)
     assert engine.losses == [(pytest.approx(FIRST - 0.25), False), (pytest.approx(SECOND - 0.25), True)]
     assert engine.rates == [0.125]
-    assert all(mask.shape[-2:] == (2, 2) for mask in engine.masks)
+    assert all(documents.shape[1] == 2 for documents in engine.documents)
 
 
 def test_reports_are_summed_over_micro_steps():
@@ -107,6 +109,48 @@ def test_a_micro_step_without_a_target_counts_as_zero():
 def test_a_loss_or_norm_that_is_not_finite_is_an_error(engine: TableEngine):
     with pytest.raises(RuntimeError, match="must be finite, but at step 4"):
         step_of(engine, batches())
+
+
+def read(error: Exception) -> Iterator[Batch]:
+    """One good micro-step, then what a reader raises."""
+    yield next(batches())
+    raise error
+
+
+def step_with_a_corrupt_row(failing: int) -> tuple[str, str, int]:
+    with open_world(1) as mesh:
+        engine = TableEngine()
+        rows = read(RuntimeError("shard 7 is damaged")) if mesh.rank == failing else batches()
+        try:
+            train_step(cast(Engine, engine), rows, mesh, SETTINGS, step=3, lr=0.125)
+        except Exception as error:
+            return type(error).__name__, str(error), len(engine.losses)
+        return "nothing", "", len(engine.losses)
+
+
+def test_a_row_that_one_rank_cannot_read_ends_the_step_on_every_rank_with_one_sentence(pool):
+    found = pool(2).run(step_with_a_corrupt_row, 1, timeout=30)
+    assert found == [("RuntimeError", "shard 7 is damaged (rank 1 of 2)", 1)] * 2
+
+
+class CountingMesh(LocalMesh):
+    """LocalMesh that counts its collectives."""
+
+    calls = 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().sum(values)
+
+    def raise_together(self, error: Exception | None) -> None:
+        self.calls += 1
+        super().raise_together(error)
+
+
+def test_a_good_step_makes_one_small_collective_for_each_micro_step_and_one_for_its_totals():
+    world = CountingMesh(torch.device("cpu"))
+    train_step(cast(Engine, TableEngine()), batches(), world, SETTINGS, step=0, lr=0.1)
+    assert world.calls == SETTINGS.accumulation_steps + 1
 
 
 def test_an_evaluation_weighs_every_target_the_same_and_leaves_the_model_in_training_mode():

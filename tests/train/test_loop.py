@@ -1,0 +1,87 @@
+"""A run from its first line to its last on a tiny job: what its end writes, what a resume refuses, what its seed draws."""
+
+from pathlib import Path
+
+import pytest
+from torch.nn.functional import cross_entropy
+
+from data.index import open_index
+from data.loader import train_batches
+from model.parameters import materialize
+from model.transformer import Transformer
+from tests.model.build import context
+from tests.train.tiny_job import ALONE, another_tokenizer, records, tiny_config, write_shards
+from train.config import Config
+from train.run import run
+
+pytestmark = pytest.mark.usefixtures("torch_as_it_was")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_shards(tmp_path / "shards", seed=1)
+    return tmp_path
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+
+
+def test_the_last_step_is_measured_evaluated_and_saved_although_nothing_is_due(folder: Path):
+    run(tiny_config(folder), ALONE)
+    (record,) = records(folder)
+    assert record["step"] == 3
+    assert record["heldout_loss"] > 0
+    assert checkpoints(folder) == ["latest", "step_000003"]
+
+
+def test_steps_at_which_something_is_due_are_evaluated_and_saved_too(folder: Path):
+    due = {"checkpoint": {"every_steps": 2}, "eval": {"every_steps": 2}}
+    run(tiny_config(folder, run={"steps": 5}, **due), ALONE)
+    assert [record["step"] for record in records(folder) if "heldout_loss" in record] == [2, 4, 5]
+    assert checkpoints(folder) == ["latest", "step_000002", "step_000004", "step_000005"]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "sentence"),
+    [(None, "must go on with the shards it began with.* fingerprint"), (another_tokenizer(), "the same tokenizer")],
+    ids=["other documents", "another tokenizer"],
+)
+def test_a_run_does_not_go_on_with_other_shards(folder: Path, tokenizer, sentence: str):
+    run(tiny_config(folder), ALONE)
+    before = records(folder)
+    write_shards(folder / "shards", seed=2 if tokenizer is None else 1, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=sentence):
+        run(tiny_config(folder, run={"steps": 5}), ALONE)
+    assert records(folder) == before
+    assert checkpoints(folder) == ["latest", "step_000003"]
+    assert "steps: 3" in (folder / "run" / "config.yaml").read_text()
+
+
+def test_a_run_goes_on_with_the_shards_written_anew(folder: Path):
+    """What the test above refuses is refused for its documents, not for being written again."""
+    run(tiny_config(folder), ALONE)
+    write_shards(folder / "shards", seed=1)
+    run(tiny_config(folder, run={"steps": 5}), ALONE)
+    assert [record["step"] for record in records(folder)] == [3, 5]
+
+
+def loss_of_the_first_step(config: Config, *, seed: int) -> float:
+    """Weights, rows and dropout masks of `seed` in a plain forward pass."""
+    index = open_index(config.data.shards)
+    model = Transformer(config.model, vocab_size=index.vocab_size, backend="reference")
+    materialize(model, seed=seed)
+    batch = next(train_batches(config.data, index, seed=seed, accumulation_steps=1, rank=0, num_ranks=1, position=0))
+    facts = context(batch.positions_B.tolist(), documents_BS=batch.document_ids_BS, seed=seed, step=0)
+    logits_BSV = model.train()(batch.tokens_BS, facts).logits_BSV
+    return cross_entropy(logits_BSV.flatten(0, 1), batch.targets_BS.flatten()).item()
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1], ids=["PlainEngine", "ZeroEngine"])
+def test_the_seed_of_the_run_draws_weights_rows_and_dropout(folder: Path, pool, zero_stage: int):
+    for seed in (5, 6):
+        fields = {"dir": str(folder / f"seed_{seed}" / "run"), "seed": seed, "steps": 1, "log_every_steps": 1}
+        config = tiny_config(folder, run=fields, parallel={"zero_stage": zero_stage})
+        pool(1).run(run, config, ALONE)  # not here: importing DeepSpeed takes seconds
+        (record,) = records(folder / f"seed_{seed}")
+        assert record["loss"] == pytest.approx(loss_of_the_first_step(config, seed=seed), rel=1e-6)
