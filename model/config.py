@@ -4,81 +4,76 @@ Owns the fields and the checks inside this section. What clashes with another se
 everything in model/; `parallel/` gets values from it, never the section itself.
 """
 
-from itertools import cycle
-from typing import Annotated, Literal, Self
+from difflib import get_close_matches
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-Size = Annotated[int, Field(ge=1)]
-Mixer = Literal["switchhead", "attention"]
-FeedForward = Literal["sigma_moe", "dense_mlp"]
+from model.attention_config import AttentionConfig, SwitchHeadConfig
+from model.hsm.config import HSMConfig
+from model.section import (
+    FeedForwardSection,
+    LayerSection,
+    MixerSection,
+    Place,
+    Probability,
+    RoutedSection,
+    Section,
+    Size,
+)
 
+if TYPE_CHECKING:
+    from torch import nn
 
-class Section(BaseModel):
-    """A part of the config: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class RoutedSection(Section):
-    """What every layer with a router has."""
-
-    num_experts: Size = Field(description="experts of the layer; of SwitchHead: per head, of V and of O each")
-    top_k: Size = Field(description="active experts per token; of SwitchHead: per token and head")
-    expert_dropout: Probability = Field(0.0, description="chance that an expert is left out of the ranking")
-
-    @model_validator(mode="after")
-    def _check_top_k(self) -> Self:
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"top_k must be at most num_experts, but top_k is {self.top_k} and num_experts is {self.num_experts}: "
-                "lower top_k or add experts"
-            )
-        return self
+Pattern = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-class SwitchHeadConfig(RoutedSection):
-    """SwitchHead attention: V and O projections are experts, per head (arXiv 2312.07987)."""
-
-    num_heads: Size
-    head_dim: Size
-    positions: Literal["rope"] = "rope"
-
-
-class SigmaMoEConfig(RoutedSection):
+class SigmaMoEConfig(RoutedSection, FeedForwardSection):
     """sigma-MoE feed-forward: sigmoid gates, ReLU experts (arXiv 2310.10837)."""
 
     expert_dim: Size = Field(description="hidden width of one expert")
     router: Literal["sigmoid"] = "sigmoid"
     entropy_weight: Annotated[float, Field(ge=0.0)] = Field(1.0e-4, description="gamma of the entropy regulariser")
 
+    def build(self, place: Place) -> "nn.Module":
+        from model.sigma_moe import SigmaMoE
 
-class AttentionConfig(Section):
-    """Dense multi-head attention, the twin of SwitchHead."""
+        return SigmaMoE(self, place)
 
-    num_heads: Size
-    head_dim: Size
-    positions: Literal["rope"] = "rope"
+    def banks(self) -> list[int]:
+        return [self.num_experts]
+
+    def expert_widths(self, d_model: int) -> set[int]:
+        return {d_model, self.expert_dim}
 
 
-class DenseMLPConfig(Section):
+class DenseMLPConfig(FeedForwardSection):
     """Two linear layers with biases and a ReLU between, the twin of sigma-MoE."""
 
     hidden_dim: Size
 
+    def build(self, place: Place) -> "nn.Module":
+        from model.dense_mlp import DenseMLP
+
+        return DenseMLP(self, place)
+
 
 class ModelConfig(Section):
-    """A decoder: `num_layers` layers, each a mixer and a feed-forward; the two patterns repeat over the depth."""
+    """A decoder: `num_layers` layers, each a mixer and a feed-forward; the two patterns repeat over the depth.
+
+    A field whose type is a MixerSection or a FeedForwardSection is a kind of layer: its name may stand in `mixers` or `feedforwards`.
+    """
 
     vocab_size: Size | None = Field(None, description="null: the shards'; a number: must equal theirs")
     d_model: Size
     num_layers: Size
-    mixers: Annotated[tuple[Mixer, ...], Field(min_length=1)]
-    feedforwards: Annotated[tuple[FeedForward, ...], Field(min_length=1)]
+    mixers: Pattern = Field(description="kinds of mixers, repeated over the depth; each names its section")
+    feedforwards: Pattern = Field(description="kinds of feed-forwards, the same way")
     switchhead: SwitchHeadConfig | None = None
-    sigma_moe: SigmaMoEConfig | None = None
     attention: AttentionConfig | None = None
+    hsm: HSMConfig | None = None
+    sigma_moe: SigmaMoEConfig | None = None
     dense_mlp: DenseMLPConfig | None = None
     dropout: Probability = Field(0.0, description="residual, embedding, final-state and dense hidden dropout")
     recompute: bool = Field(False, description="recompute each layer's activations in the backward pass")
@@ -86,18 +81,28 @@ class ModelConfig(Section):
         "auto", description="how grouped_matmul computes"
     )
 
+    @field_validator("mixers", "feedforwards")
+    @classmethod
+    def _kinds_exist(cls, pattern: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        kinds = cls.kinds(MixerSection if info.field_name == "mixers" else FeedForwardSection)
+        for name in pattern:
+            if name not in kinds:
+                near = get_close_matches(name, kinds, n=1) or [f"one of {', '.join(kinds)}"]
+                raise ValueError(f"must name kinds of layers, but it names {name}: write {near[0]}")
+        return pattern
+
     @model_validator(mode="after")
     def _sections_match_the_patterns(self) -> Self:
-        used = {*self.mixers, *self.feedforwards}
-        for name in ("switchhead", "sigma_moe", "attention", "dense_mlp"):
-            pattern = "mixers" if name in Mixer.__args__ else "feedforwards"
-            if name in used and getattr(self, name) is None:
-                raise ValueError(f"{pattern} names {name}, but the section model.{name} is missing: add it")
-            if name not in used and getattr(self, name) is not None:
-                raise ValueError(
-                    f"the section model.{name} is given, but {pattern} is {list(getattr(self, pattern))}: "
-                    f"remove the section (--set model.{name}=null) or name {name} in model.{pattern}"
-                )
+        for pattern, kind in (("mixers", MixerSection), ("feedforwards", FeedForwardSection)):
+            used = getattr(self, pattern)
+            for name in self.kinds(kind):
+                if name in used and getattr(self, name) is None:
+                    raise ValueError(f"{pattern} names {name}, but the section model.{name} is missing: add it")
+                if name not in used and getattr(self, name) is not None:
+                    raise ValueError(
+                        f"the section model.{name} is given, but {pattern} is {list(used)}: "
+                        f"remove the section (--set model.{name}=null) or name {name} in model.{pattern}"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -111,25 +116,48 @@ class ModelConfig(Section):
                 )
         return self
 
-    def layers(self) -> list[tuple[Mixer, FeedForward]]:
-        """Kinds of (mixer, feed-forward) of each layer, patterns repeated over the depth."""
-        mixers, feedforwards = cycle(self.mixers), cycle(self.feedforwards)
-        return [(next(mixers), next(feedforwards)) for _ in range(self.num_layers)]
+    @classmethod
+    def kinds(cls, kind: type[LayerSection]) -> list[str]:
+        """Names of the fields whose section is of this kind."""
+        return [
+            name
+            for name, field in cls.model_fields.items()
+            if any(isinstance(part, type) and issubclass(part, kind) for part in get_args(field.annotation))
+        ]
+
+    def mixer_sections(self) -> list[MixerSection]:
+        """The section of every layer's mixer, the pattern repeated over the depth."""
+        return [getattr(self, name) for name in self.mixer_kinds()]
+
+    def feedforward_sections(self) -> list[FeedForwardSection]:
+        """The section of every layer's feed-forward, the pattern repeated over the depth."""
+        return [getattr(self, name) for name in islice(cycle(self.feedforwards), self.num_layers)]
+
+    def sections(self) -> list[LayerSection]:
+        """Every section in use, once."""
+        return [getattr(self, name) for name in dict.fromkeys((*self.mixers, *self.feedforwards))]
+
+    def mixer_kinds(self) -> tuple[str, ...]:
+        """The kind of every layer's mixer."""
+        return tuple(islice(cycle(self.mixers), self.num_layers))
+
+    def place(self, depth: int, *, backend: str) -> Place:
+        """What the layer at `depth` is built with."""
+        return Place(self.d_model, self.num_layers, depth, self.mixer_kinds(), backend, self.dropout)
+
+    def notes(self) -> list[str]:
+        """Sentences for the log: what defaults were turned into."""
+        return [note for section in self.sections() for note in section.notes()]
 
     def smallest_bank(self) -> int | None:
         """Number of expert groups G of the smallest expert bank; None for a model without experts."""
-        banks = []
-        if self.switchhead:
-            banks.append(self.switchhead.num_heads * self.switchhead.num_experts)
-        if self.sigma_moe:
-            banks.append(self.sigma_moe.num_experts)
-        return min(banks, default=None)
+        return min((bank for section in self.sections() for bank in section.banks()), default=None)
 
     def expert_widths(self) -> set[int]:
         """Every width that grouped_matmul meets, as rows or columns; empty for a model without experts."""
-        widths = set()
-        if self.switchhead:
-            widths |= {self.d_model, self.switchhead.head_dim}
-        if self.sigma_moe:
-            widths |= {self.d_model, self.sigma_moe.expert_dim}
-        return widths
+        return {width for section in self.sections() for width in section.expert_widths(self.d_model)}
+
+    def memory_blocks(self) -> dict[int, int]:
+        """By depth of each layer whose mixer has memory: rows of it."""
+        blocks = {depth: section.num_memory_blocks() for depth, section in enumerate(self.mixer_sections())}
+        return {depth: number for depth, number in blocks.items() if number}

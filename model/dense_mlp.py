@@ -11,27 +11,24 @@ from model.config import DenseMLPConfig
 from model.context import BatchContext, dropout
 from model.layer import LayerOutput, Linear
 from model.parameters import DeclaringModule, truncated_normal
+from model.section import Place
 
 
 class DenseMLP(DeclaringModule):
     """y = W2 dropout(relu(W1 x + b1)) + b2, as in the dense baselines of arXiv 2310.10837."""
 
-    def __init__(
-        self, config: DenseMLPConfig, *, d_model: int, num_layers: int, depth: int, dropout_probability: float
-    ) -> None:
+    def __init__(self, config: DenseMLPConfig, place: Place) -> None:
         super().__init__()
-        self.depth = depth
-        self.dropout_probability = dropout_probability
-        hidden_dim = config.hidden_dim
-        self.up = Linear(d_model, hidden_dim, draw=truncated_normal(math.sqrt(2 / num_layers / d_model)), bias=True)
-        self.down = Linear(
-            hidden_dim, d_model, draw=truncated_normal(math.sqrt(2 / num_layers / hidden_dim)), bias=True
-        )
+        self.place = place
+        d_model, hidden_dim = place.d_model, config.hidden_dim
+        draw_up = truncated_normal(math.sqrt(2 / place.num_layers / d_model))
+        draw_down = truncated_normal(math.sqrt(2 / place.num_layers / hidden_dim))
+        self.up = Linear(d_model, hidden_dim, draw=draw_up, bias=True)
+        self.down = Linear(hidden_dim, d_model, draw=draw_down, bias=True)
 
     def forward(self, x_BSD: Tensor, context: BatchContext) -> LayerOutput:
         hidden_BSF = self.up(x_BSD).relu()
         if self.training:
-            hidden_BSF = dropout(
-                hidden_BSF, context, probability=self.dropout_probability, site="mlp_hidden", depth=self.depth
-            )
-        return LayerOutput(self.down(hidden_BSF), (), {})
+            probability, depth = self.place.dropout, self.place.depth
+            hidden_BSF = dropout(hidden_BSF, context, probability=probability, site="mlp_hidden", depth=depth)
+        return LayerOutput(self.down(hidden_BSF))

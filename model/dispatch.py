@@ -22,7 +22,7 @@ from model.parameters import ExpertBank
 class Routing:
     """N routings of K choices each. Routing n reads source row `source_row_N[n]` and adds its K gated results to `output_row_N[n]`.
 
-    gates_NK float32, differentiable. expert_ids_NK int64, global group ids in [0, num_groups). num_rows and num_outputs: sizes of
+    gates_NK float32, differentiable. expert_ids_NK int64, global group ids of `bank`, in [0, G). num_rows and num_outputs: sizes of
     the row space and of the output space on this rank. V reads the token and writes (token, head), O the reverse, an MLP token to
     token.
     """
@@ -33,7 +33,7 @@ class Routing:
     output_row_N: Tensor
     num_rows: int
     num_outputs: int
-    num_groups: int
+    bank: ExpertBank
 
 
 @dataclass(frozen=True)
@@ -86,21 +86,22 @@ class Dispatcher(Protocol):
         """Sends partials (plan.num_outputs, X) home and sums them per output row: (num_outputs, X), differentiable."""
         ...
 
-    def weights(self, bank: ExpertBank) -> Pending[dict[str, Tensor]]:
-        """The weights to compute with, by name: gathered over the expert group, or the bank's own."""
+    def weights(self, exchange: Any) -> Pending[dict[str, Tensor]]:
+        """The weights of the routing's bank to compute with, by name: gathered over the expert group, or the local ones."""
         ...
 
 
 @dataclass(frozen=True)
 class _LocalExchange:
     plan: LocalPlan
+    bank: ExpertBank
 
 
 class LocalDispatcher:
     """Dispatcher of one process: every expert lives here, nothing travels."""
 
     def plan(self, *routings: Routing) -> list[_LocalExchange]:
-        return [_LocalExchange(self._plan(routing)) for routing in routings]
+        return [_LocalExchange(self._plan(routing), routing.bank) for routing in routings]
 
     @staticmethod
     def _plan(routing: Routing) -> LocalPlan:
@@ -111,7 +112,7 @@ class LocalDispatcher:
             row_index_C=routing.source_row_N[routing_C],
             output_index_C=routing.output_row_N[routing_C],
             gates_C=routing.gates_NK.flatten()[order_C],
-            offsets_L=group_ends(ids_C, routing.num_groups),
+            offsets_L=group_ends(ids_C, routing.bank.num_groups),
             num_outputs=routing.num_outputs,
         )
 
@@ -121,8 +122,8 @@ class LocalDispatcher:
     def combine(self, exchange: _LocalExchange, partials: Tensor, *, label: str) -> Ready[Tensor]:
         return Ready(partials)
 
-    def weights(self, bank: ExpertBank) -> Ready[dict[str, Tensor]]:
-        return Ready(bank.weights())
+    def weights(self, exchange: _LocalExchange) -> Ready[dict[str, Tensor]]:
+        return Ready(exchange.bank.weights())
 
 
 def group_ends(sorted_ids_C: Tensor, num_groups: int) -> Tensor:

@@ -1,5 +1,7 @@
 """What a mixer and a feed-forward have in common: their signature, and the small dense modules that all of them use."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -13,8 +15,8 @@ class LayerOutput(NamedTuple):
     """Result of a mixer or feed-forward: y_BSD; auxiliary losses (0-dim, weights included); reports by router name."""
 
     y_BSD: Tensor
-    auxiliary_losses: tuple[Tensor, ...]
-    reports: dict[str, RouterReport]
+    auxiliary_losses: tuple[Tensor, ...] = ()
+    reports: Mapping[str, RouterReport] = MappingProxyType({})
 
 
 class Linear(DeclaringModule):

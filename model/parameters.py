@@ -10,7 +10,7 @@ Does not own: the optimizer's storage of these weights (train/engine.py, paralle
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -146,6 +146,25 @@ def materialize(
             generator = torch.Generator().manual_seed(_block_seed(seed, parameter.name, block))
             target.copy_(parameter.spec.draw(tuple(target.shape), generator))
         setattr(parameter.module, parameter.attribute, nn.Parameter(values))
+
+
+def fill(model: nn.Module, values: Mapping[str, Tensor], *, device: torch.device | str = "cpu") -> None:
+    """Gives a whole model on the meta device the logical tensors `values` by name, as a checkpoint holds them.
+
+    Raises:
+        RuntimeError: a name or a shape of the two differs.
+    """
+    parameters = list(logical_parameters(model))
+    shapes = {parameter.name: parameter.spec.shape for parameter in parameters}
+    given = {name: tuple(value.shape) for name, value in values.items()}
+    for name in sorted(shapes.keys() | given.keys()):
+        if shapes.get(name) != given.get(name):
+            raise RuntimeError(
+                f"the weights must be those of the model, but {name} has shape {given.get(name)} and the model's is "
+                f"{shapes.get(name)}: build the model from the config that was saved with the weights"
+            )
+    for parameter in parameters:
+        setattr(parameter.module, parameter.attribute, nn.Parameter(values[parameter.name].to(device)))
 
 
 def _local_blocks(parameter: LogicalParameter, values: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -17,6 +17,7 @@ from model.experts import gated_mlp
 from model.layer import LayerOutput
 from model.parameters import DeclaringModule, ExpertBank, normal
 from model.router import Choice, Router, choose, kept_experts, negative_entropy, report, sigma_moe_rows
+from model.section import Place
 from model.statistics import BatchStatistics, LocalStatistics
 
 
@@ -26,16 +27,17 @@ class SigmaMoE(DeclaringModule):
     The auxiliary loss is entropy_weight * sum_e p_e log p_e of the mean router distribution over the micro-step's rows on all ranks.
     """
 
-    def __init__(self, config: SigmaMoEConfig, *, d_model: int, num_layers: int, depth: int, backend: str) -> None:
+    def __init__(self, config: SigmaMoEConfig, place: Place) -> None:
         super().__init__()
         self.config = config
-        self.depth = depth
-        self.backend = backend
+        self.place = place
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.statistics: BatchStatistics = LocalStatistics()
-        experts, width = config.num_experts, config.expert_dim
-        std_in = math.sqrt(2 / num_layers / d_model)
-        std_out = math.sqrt(2 / num_layers / (experts * width))  # the fan-in of the whole layer, never of one expert
+        d_model, experts, width = place.d_model, config.num_experts, config.expert_dim
+        std_in = math.sqrt(2 / place.num_layers / d_model)
+        std_out = math.sqrt(
+            2 / place.num_layers / (experts * width)
+        )  # the fan-in of the whole layer, never of one expert
         self.router = Router(d_model=d_model, num_heads=1, num_experts=experts, draw=sigma_moe_rows(std_in))
         up, down = ((d_model, width), normal(std_in)), ((width, d_model), normal(std_out))
         self.experts = ExpertBank(experts, {"up": up, "down": down})
@@ -47,18 +49,18 @@ class SigmaMoE(DeclaringModule):
         # route
         logits_T1E = self.router(x_TD)
         probability = self.config.expert_dropout if self.training else 0.0
-        kept_T1E = kept_experts(logits_T1E, context, probability=probability, site="mlp_expert", depth=self.depth)
+        kept_T1E = kept_experts(logits_T1E, context, probability=probability, site="mlp_expert", depth=self.place.depth)
         choice = choose(logits_T1E, top_k=self.config.top_k, kept_THE=kept_T1E)
         (exchange,) = self.dispatcher.plan(self._routing(choice))
 
         # dispatch, grouped_matmul twice, combine
         arriving = self.dispatcher.dispatch(exchange, x_TD, label="mlp")
-        gathering = self.dispatcher.weights(self.experts)
+        gathering = self.dispatcher.weights(exchange)
         auxiliary_losses = ()
         if self.config.entropy_weight > 0:
             auxiliary_losses = (self.config.entropy_weight * negative_entropy(logits_T1E[:, 0], self.statistics),)
         (rows_RD, plan), weights = arriving.wait(), gathering.wait()
-        partials_PD = gated_mlp(rows_RD, weights["up"], weights["down"], plan, backend=self.backend)
+        partials_PD = gated_mlp(rows_RD, weights["up"], weights["down"], plan, backend=self.place.backend)
         y_TD = self.dispatcher.combine(exchange, partials_PD, label="mlp").wait()
 
         return LayerOutput(y_TD.view(batch, length, d_model), auxiliary_losses, {"mlp": report(logits_T1E, choice)})
@@ -74,5 +76,5 @@ class SigmaMoE(DeclaringModule):
             output_row_N=tokens_N,
             num_rows=num_tokens,
             num_outputs=num_tokens,
-            num_groups=self.config.num_experts,
+            bank=self.experts,
         )

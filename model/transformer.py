@@ -5,44 +5,52 @@ Owns the order of a block and the residual stream. Does not own the loss (loss.p
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Attention
+from model.cache import Cache
 from model.config import ModelConfig
 from model.context import BatchContext, dropout
-from model.dense_mlp import DenseMLP
 from model.layer import LayerNorm, LayerOutput, Linear
 from model.parameters import DeclaringModule, normal
 from model.router import RouterReport
-from model.sigma_moe import SigmaMoE
-from model.switchhead import SwitchHead
+from model.section import Place
 
 
 class ModelOutput(NamedTuple):
-    """logits_BSV; the sum of the layers' auxiliary losses (0-dim; 0 without any); router reports by module path."""
+    """logits_BSV; the sum of the layers' auxiliary losses (0-dim; 0 without any); router reports by module path.
+
+    layer_inputs: by depth of each layer with memory, the residual stream (B, S, D) that it was given, without gradient.
+    """
 
     logits_BSV: Tensor
     auxiliary_loss: Tensor
     reports: dict[str, RouterReport]
+    layer_inputs: dict[int, Tensor]
 
 
 class Block(DeclaringModule):
-    """x += drop(mixer(norm(x))); x += drop(feedforward(norm(x))): pre-normalised."""
+    """x += drop(mixer(norm(x))); x += drop(feedforward(norm(x))): pre-normalised. Memory goes before x into the mixer's norm."""
 
-    def __init__(self, config: ModelConfig, *, depth: int, backend: str) -> None:
+    def __init__(self, config: ModelConfig, place: Place) -> None:
         super().__init__()
-        self.depth = depth
+        self.depth = place.depth
         self.dropout = config.dropout
         self.mixer_norm = LayerNorm(config.d_model)
-        self.mixer = _mixer(config, depth=depth, backend=backend)
+        self.mixer = config.mixer_sections()[place.depth].build(place)
         self.feedforward_norm = LayerNorm(config.d_model)
-        self.feedforward = _feedforward(config, depth=depth, backend=backend)
+        self.feedforward = config.feedforward_sections()[place.depth].build(place)
 
-    def forward(self, x_BSD: Tensor, context: BatchContext) -> LayerOutput:
-        mixed = self.mixer(self.mixer_norm(x_BSD), context)
+    def forward(self, x_BSD: Tensor, context: BatchContext, cache: Cache | None = None) -> LayerOutput:
+        source_BMD = x_BSD
+        if context.num_memory(self.depth):
+            assert context.memory is not None
+            source_BMD = torch.cat([context.memory.states[self.depth], x_BSD], dim=1)
+        mixed = self.mixer(self.mixer_norm(source_BMD), context, cache)
         x_BSD = x_BSD + self._drop(mixed.y_BSD, context, site="mixer")
         fed = self.feedforward(self.feedforward_norm(x_BSD), context)
         x_BSD = x_BSD + self._drop(fed.y_BSD, context, site="feedforward")
@@ -63,34 +71,38 @@ class Transformer(DeclaringModule):
 
     def __init__(self, config: ModelConfig, *, vocab_size: int, backend: str) -> None:
         super().__init__()
-        self.dropout = config.dropout
-        self.recompute = config.recompute
+        self.config = config
         self.backend = backend
+        self.with_memory = frozenset(config.memory_blocks())
         # the output layer's scale is our reading: the papers' specifications do not give it
         draw = normal(1 / math.sqrt(config.d_model))
         self.embedding = Embedding(vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config, depth=depth, backend=backend) for depth in range(config.num_layers))
+        places = (config.place(depth, backend=backend) for depth in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, place) for place in places)
         self.final_norm = LayerNorm(config.d_model)
         self.output = Linear(config.d_model, vocab_size, draw=draw, bias=True)
 
-    def forward(self, tokens_BS: Tensor, context: BatchContext) -> ModelOutput:
+    def forward(self, tokens_BS: Tensor, context: BatchContext, caches: Sequence[Cache] | None = None) -> ModelOutput:
+        """caches: one for each layer, where the tokens come after others (model/decode.py)."""
         x_BSD = self._drop(self.embedding(tokens_BS), context, site="embedding")
         auxiliary_loss = x_BSD.new_zeros(())
-        reports = {}
+        reports, layer_inputs = {}, {}
         for depth, block in enumerate(self.layers):
-            if self.recompute and self.training:
+            if depth in self.with_memory:
+                layer_inputs[depth] = x_BSD.detach()
+            if self.config.recompute and self.training:
                 result = checkpoint(block, x_BSD, context, use_reentrant=False, preserve_rng_state=False)
             else:
-                result = block(x_BSD, context)
+                result = block(x_BSD, context, None if caches is None else caches[depth])
             x_BSD = result.y_BSD
             auxiliary_loss = sum(result.auxiliary_losses, start=auxiliary_loss)
             reports |= {f"layers.{depth}.{name}": report for name, report in result.reports.items()}
         x_BSD = self._drop(self.final_norm(x_BSD), context, site="final")
-        return ModelOutput(self.output(x_BSD), auxiliary_loss, reports)
+        return ModelOutput(self.output(x_BSD), auxiliary_loss, reports, layer_inputs)
 
     def _drop(self, x_BSD: Tensor, context: BatchContext, *, site: str) -> Tensor:
         return dropout(
-            x_BSD, context, probability=self.dropout if self.training else 0.0, site=site, depth=-1
+            x_BSD, context, probability=self.config.dropout if self.training else 0.0, site=site, depth=-1
         )  # outside the layers
 
 
@@ -105,23 +117,3 @@ class Embedding(DeclaringModule):
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         return nn.functional.embedding(tokens_BS, self.weight)
-
-
-def _mixer(config: ModelConfig, *, depth: int, backend: str) -> nn.Module:
-    kind, _ = config.layers()[depth]
-    sizes = {"d_model": config.d_model, "num_layers": config.num_layers}
-    if kind == "switchhead":
-        assert config.switchhead is not None
-        return SwitchHead(config.switchhead, depth=depth, backend=backend, **sizes)
-    assert config.attention is not None
-    return Attention(config.attention, **sizes)
-
-
-def _feedforward(config: ModelConfig, *, depth: int, backend: str) -> nn.Module:
-    _, kind = config.layers()[depth]
-    sizes = {"d_model": config.d_model, "num_layers": config.num_layers}
-    if kind == "sigma_moe":
-        assert config.sigma_moe is not None
-        return SigmaMoE(config.sigma_moe, depth=depth, backend=backend, **sizes)
-    assert config.dense_mlp is not None
-    return DenseMLP(config.dense_mlp, depth=depth, dropout_probability=config.dropout, **sizes)

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.dispatch import LocalPlan, Ready, Routing, group_ends
-from model.parameters import ExpertBank
 from parallel.all_to_all import all_to_all_rows, exchange_counts
 
 
@@ -43,7 +42,7 @@ class AllToAllDispatcher:
     def plan(self, *routings: Routing) -> list[Exchange]:
         """Exchanges, over the expert group, how many copies each rank sends to each expert: W * L int64 per routing, in one go."""
         copies = [routing.expert_ids_NK.flatten().sort(stable=True) for routing in routings]
-        widths = [math.ceil(routing.num_groups / self.ranks) for routing in routings]
+        widths = [math.ceil(routing.bank.num_groups / self.ranks) for routing in routings]
         sent = [
             torch.bincount(ids, minlength=self.ranks * width).view(self.ranks, width)
             for (ids, _), width in zip(copies, widths, strict=True)
@@ -96,8 +95,8 @@ class AllToAllDispatcher:
         sums = rows_CX.new_zeros(routing.num_outputs, rows_CX.shape[1], dtype=sum_dtype)
         return Ready(sums.index_add(0, output_C, rows_CX.to(sum_dtype)).to(partials.dtype))
 
-    def weights(self, bank: ExpertBank) -> Ready[dict[str, Tensor]]:
-        return Ready(bank.weights())
+    def weights(self, exchange: Exchange) -> Ready[dict[str, Tensor]]:
+        return Ready(exchange.routing.bank.weights())
 
 
 def _as_matmul_input(rows: Tensor) -> Tensor:

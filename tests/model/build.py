@@ -3,6 +3,7 @@
 Layers are handed out as Any: to a type checker every attribute of a torch module may be a tensor or a module.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,13 +11,17 @@ from torch import Tensor, nn
 
 from model.attention import Attention
 from model.config import AttentionConfig, ModelConfig, SigmaMoEConfig, SwitchHeadConfig
-from model.context import BatchContext, document_mask
+from model.context import BatchContext, Memory
+from model.dispatch import LocalDispatcher, Routing
 from model.parameters import materialize
+from model.section import Place
 from model.sigma_moe import SigmaMoE
-from model.switchhead import SwitchHead
 from model.transformer import Transformer
+from tests.model import by_hand
+from tests.model.by_hand import Positions
 
 VOCABULARY = 17
+OPEN = 100.0  # a logit whose sigmoid is exactly 1 in float64
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -28,13 +33,51 @@ def context(
 ) -> BatchContext:
     """`positions`: the rows' data positions, or how many rows from position 0 on."""
     positions_B = torch.arange(positions) if isinstance(positions, int) else torch.tensor(positions, dtype=torch.int64)
-    return BatchContext(positions_B, None if documents_BS is None else document_mask(documents_BS), seed, step)
+    return BatchContext(positions_B, documents_BS, seed, step)
 
 
-def switchhead(*, d_model: int = 6, depth: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> Any:
+def remembering(
+    rows: int, num_memory: int, *, filled: int | list[int] | None = None, depth: int = 0, step: int = 0
+) -> BatchContext:
+    """The first `num_memory` positions of what the mixer is given are memory, of which the last `filled` are filled; None: all."""
+    filled = num_memory if filled is None else filled
+    filled_B = torch.full((rows,), filled) if isinstance(filled, int) else torch.tensor(filled)
+    states = {depth: torch.zeros(rows, num_memory, 1)}  # only its length is the mixer's business
+    return replace(context(rows, step=step), memory=Memory(states, filled_B))
+
+
+def decoded(layer: Any, x_BSD: Tensor, pieces: list[int], *, block_length: int = 1000) -> Tensor:
+    """The layer's output, given piece after piece with one cache."""
+    cache, found = layer.new_cache(block_length=block_length), []
+    with torch.no_grad():
+        for piece_BSD in x_BSD.split(pieces, dim=1):
+            found.append(layer(piece_BSD, context(len(x_BSD)), cache).y_BSD)
+    assert cache.length == x_BSD.shape[1]
+    return torch.cat(found, dim=1)
+
+
+def row_by_row(layer: Any, x_BSD: Tensor, *, block_length: int, memory_blocks: int) -> Tensor:
+    """The layer's output on rows of a stream, each with the `memory_blocks` rows before it as memory, as training gives it."""
+    size, found = memory_blocks * block_length, []
+    padded_BSD = torch.cat(
+        [normal(len(x_BSD), size, x_BSD.shape[2], seed=9), x_BSD], dim=1
+    )  # what is not filled is arbitrary
+    for first in range(0, x_BSD.shape[1], block_length):
+        facts = remembering(len(x_BSD), size, filled=min(first, size))
+        found.append(layer(padded_BSD[:, first : first + size + block_length], facts).y_BSD)
+    return torch.cat(found, dim=1)
+
+
+def place(*mixers: str, d_model: int = 6, depth: int = 0, num_layers: int = 2, dropout: float = 0.0) -> Place:
+    """`mixers`: the kinds of all layers, or one kind for all."""
+    kinds = mixers if len(mixers) > 1 else mixers * num_layers
+    return Place(d_model, len(kinds), depth, kinds, "reference", dropout)
+
+
+def switchhead(*, d_model: int = 6, depth: int = 0, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """In evaluation mode. head_dim 10: half of it is odd, so the rotated width must be rounded down."""
-    sizes = {"num_heads": 2, "head_dim": 10, "num_experts": 3, "top_k": 2} | sizes
-    layer = SwitchHead(SwitchHeadConfig(**sizes), d_model=d_model, num_layers=2, depth=depth, backend="reference")
+    settings = {"num_heads": 2, "head_dim": 10, "num_experts": 3, "top_k": 2} | settings
+    layer = SwitchHeadConfig(**settings).build(place("switchhead", d_model=d_model, depth=depth))
     materialize(layer, seed=5, dtype=dtype)
     return layer.eval()
 
@@ -42,15 +85,21 @@ def switchhead(*, d_model: int = 6, depth: int = 0, dtype: torch.dtype = torch.f
 def sigma_moe(*, d_model: int = 6, depth: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> Any:
     """In evaluation mode."""
     sizes = {"num_experts": 5, "expert_dim": 4, "top_k": 2} | sizes
-    layer = SigmaMoE(SigmaMoEConfig(**sizes), d_model=d_model, num_layers=2, depth=depth, backend="reference")
+    layer = SigmaMoE(SigmaMoEConfig(**sizes), place("switchhead", d_model=d_model, depth=depth))
     materialize(layer, seed=5, dtype=dtype)
     return layer.eval()
 
 
-def attention(*, d_model: int = 6, num_heads: int = 2, head_dim: int = 10) -> Any:
-    """In evaluation mode."""
-    layer = Attention(AttentionConfig(num_heads=num_heads, head_dim=head_dim), d_model=d_model, num_layers=2)
-    materialize(layer, seed=5, dtype=torch.float64)
+def attention(*, d_model: int = 6, depth: int = 0, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
+    """In evaluation mode, with Transformer-XL's biases and scale off their initial values."""
+    settings = {"num_heads": 2, "head_dim": 10} | settings
+    layer = Attention(AttentionConfig(**settings), place("attention", d_model=d_model, depth=depth))
+    materialize(layer, seed=5, dtype=dtype)
+    if layer.attend.relative is not None:
+        with torch.no_grad():
+            layer.attend.relative.scale += 0.2
+            layer.attend.relative.content_bias += normal(*layer.attend.relative.content_bias.shape, seed=6)
+            layer.attend.relative.position_bias += normal(*layer.attend.relative.position_bias.shape, seed=7)
     return layer.eval()
 
 
@@ -102,18 +151,51 @@ def with_constant_channel(x_BSD: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(x_BSD[..., :1]), x_BSD[..., 1:]], dim=-1)
 
 
-def switchhead_weights(layer: Any) -> dict[str, Tensor]:
+def positions_of(layer: Any) -> Positions:
+    """How a layer's scores know of positions, for by_hand."""
+    config, relative = layer.attend.config, layer.attend.relative
+    if relative is None:
+        return Positions(config.positions, config.rotary_dim)
+    heads = (config.num_heads, config.head_dim)
+    position_HCD = relative.weight.detach().unflatten(0, heads)
+    if not relative.learned:
+        return Positions("xl", position_HCD=position_HCD)
+    biases = (relative.content_bias.detach().view(heads), relative.position_bias.detach().view(heads))
+    return Positions("xl", None, position_HCD, *biases, scale=relative.scale.item())
+
+
+def switchhead_weights(layer: Any) -> dict[str, Any]:
     """A SwitchHead's, as keyword arguments of by_hand.switchhead: heads first, group h E + e taken apart."""
-    heads, experts = layer.config.num_heads, layer.config.num_experts
-    split = {
-        "query_HCD": layer.query.weight.unflatten(0, (heads, -1)),
-        "key_HCD": layer.key.weight.unflatten(0, (heads, -1)),
-        "value_HEDC": layer.value_experts.weight.unflatten(0, (heads, experts)),
-        "output_HECD": layer.output_experts.weight.unflatten(0, (heads, experts)),
-        "value_router_HED": layer.value_router.weight.unflatten(0, (heads, experts)),
-        "output_router_HED": layer.output_router.weight.unflatten(0, (heads, experts)),
+    heads, weights, routers = layer.attend.config.num_heads, {}, {}
+    for name in ("query", "key", "value", "output"):
+        if name in getattr(layer, "router_of", {}):
+            weights[name] = getattr(layer, f"{name}_experts").weight.detach().unflatten(0, (heads, -1))
+            router = getattr(layer, f"{layer.router_of[name]}_router")
+            routers[name] = router.weight.detach().unflatten(0, (heads, -1))
+        else:
+            weights[name] = getattr(layer, name).weight.detach().T
+            weights[name] = (
+                weights[name].unflatten(0, (heads, -1))
+                if name == "output"
+                else weights[name].unflatten(1, (heads, -1)).transpose(0, 1)
+            )
+    return {"weights": weights, "routers": routers, "positions": positions_of(layer)}
+
+
+def dense_attention(layer: Any, x_BSD: Tensor) -> Tensor:
+    """Multi-head attention with the weights of a SwitchHead, the experts of each head summed."""
+    form, sums = switchhead_weights(layer), {}
+    for name, weight in form["weights"].items():
+        sums[name] = weight.sum(1) if weight.ndim == 4 else weight
+    dense = {
+        "query_HCD": sums["query"].mT,
+        "key_HCD": sums["key"].mT,
+        "value_HDC": sums["value"],
+        "output_HCD": sums["output"],
+        "positions": form["positions"],
     }
-    return {name: weight.detach() for name, weight in split.items()}
+    visible = by_hand.causal(x_BSD.shape[1])
+    return torch.stack([by_hand.attention(row, **dense, visible_SS=visible) for row in x_BSD])
 
 
 def sigma_moe_weights(layer: Any) -> dict[str, Tensor]:
@@ -122,20 +204,24 @@ def sigma_moe_weights(layer: Any) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in weights.items()}
 
 
-def attention_weights(layer: Any) -> dict[str, Tensor]:
-    """An Attention's, as keyword arguments of by_hand.attention."""
-    heads = layer.num_heads
+def attention_weights(layer: Any) -> dict[str, Any]:
+    """An Attention's, as keyword arguments of by_hand.attention; query head h looks at head h G / H of K and V."""
+    heads, kv_heads = layer.num_heads, layer.num_kv_heads
+    shared = [head * kv_heads // heads for head in range(heads)]
     split = {
         "query_HCD": layer.query.weight.unflatten(0, (heads, -1)),
-        "key_HCD": layer.key.weight.unflatten(0, (heads, -1)),
-        "value_HDC": layer.value.weight.unflatten(0, (heads, -1)).transpose(1, 2),
+        "key_HCD": layer.key.weight.unflatten(0, (kv_heads, -1))[shared],
+        "value_HDC": layer.value.weight.unflatten(0, (kv_heads, -1)).transpose(1, 2)[shared],
         "output_HCD": layer.output.weight.T.unflatten(0, (heads, -1)),
     }
-    return {name: weight.detach() for name, weight in split.items()}
+    return {name: weight.detach() for name, weight in split.items()} | {"positions": positions_of(layer)}
 
 
-def gradients_agree(layer: nn.Module, x_BSD: Tensor, facts: BatchContext) -> bool:
-    """gradcheck of output and auxiliary losses with respect to the input and every parameter of the layer."""
+def gradients_agree(layer: nn.Module, x_BSD: Tensor, facts: BatchContext, *, fast: bool = False) -> bool:
+    """gradcheck of output and auxiliary losses with respect to the input and every parameter of the layer.
+
+    fast: in a random direction of each of them instead of element by element.
+    """
     names, values = zip(*layer.named_parameters(), strict=True)
 
     def forward(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -143,7 +229,7 @@ def gradients_agree(layer: nn.Module, x_BSD: Tensor, facts: BatchContext) -> boo
         return (result.y_BSD, *result.auxiliary_losses)
 
     leaves = [value.detach().clone().requires_grad_() for value in (x_BSD, *values)]
-    return torch.autograd.gradcheck(forward, leaves)
+    return torch.autograd.gradcheck(forward, leaves, fast_mode=fast)
 
 
 class Recorded:
@@ -167,3 +253,28 @@ class Recorded:
         gradient = self.last.grad
         assert gradient is not None
         return gradient
+
+
+class Watched(LocalDispatcher):
+    """Writes down the calls of a layer, and answers them."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.expert_ids: list[Tensor] = []
+
+    def plan(self, *routings: Routing) -> Any:
+        self.calls.append(("plan", len(routings)))
+        self.expert_ids = [routing.expert_ids_NK for routing in routings]
+        return super().plan(*routings)
+
+    def dispatch(self, exchange: Any, rows: Tensor, *, label: str) -> Any:
+        self.calls.append(("dispatch", label, tuple(rows.shape)))
+        return super().dispatch(exchange, rows, label=label)
+
+    def combine(self, exchange: Any, partials: Tensor, *, label: str) -> Any:
+        self.calls.append(("combine", label, tuple(partials.shape)))
+        return super().combine(exchange, partials, label=label)
+
+    def weights(self, exchange: Any) -> Any:
+        self.calls.append("weights")
+        return super().weights(exchange)

@@ -57,11 +57,11 @@ def test_a_clash_inside_the_section_is_one_sentence_with_both_values_and_the_rem
         ({"vocab_size": 0}, ("vocab_size",)),
         ({"mixers": []}, ("mixers",)),
         ({"feedforwards": []}, ("feedforwards",)),
-        ({"mixers": ["switchhead", "hsm"]}, ("mixers", 1)),
+        ({"mixers": ["switchhead", "mamba"]}, ("mixers",)),
         ({"dropout": 1.0}, ("dropout",)),
         ({"dropout": -0.1}, ("dropout",)),
         ({"switchhead": SWITCHHEAD | {"expert_dropout": 1.0}}, ("switchhead", "expert_dropout")),
-        ({"switchhead": SWITCHHEAD | {"positions": "xl"}}, ("switchhead", "positions")),
+        ({"switchhead": SWITCHHEAD | {"positions": "alibi"}}, ("switchhead", "positions")),
         ({"sigma_moe": SIGMA_MOE | {"entropy_weight": -1e-4}}, ("sigma_moe", "entropy_weight")),
         ({"sigma_moe": SIGMA_MOE | {"router": "softmax"}}, ("sigma_moe", "router")),
     ],
@@ -80,13 +80,14 @@ def test_values_never_change_after_reading():
 
 def test_the_patterns_of_mixers_and_feedforwards_repeat_over_the_depth_on_their_own():
     config = model_config(num_layers=5, mixers=["switchhead", "switchhead", "attention"])
-    assert config.layers() == [
-        ("switchhead", "sigma_moe"),
-        ("switchhead", "dense_mlp"),
-        ("attention", "sigma_moe"),
-        ("switchhead", "dense_mlp"),
-        ("switchhead", "sigma_moe"),
-    ]
+    switchhead, attention, sigma_moe, dense_mlp = (
+        config.switchhead,
+        config.attention,
+        config.sigma_moe,
+        config.dense_mlp,
+    )
+    assert config.mixer_sections() == [switchhead, switchhead, attention, switchhead, switchhead]
+    assert config.feedforward_sections() == [sigma_moe, dense_mlp, sigma_moe, dense_mlp, sigma_moe]
 
 
 def test_the_smallest_bank_counts_groups_per_head_in_attention_and_experts_in_the_mlp():

@@ -8,14 +8,12 @@ import torch
 from model.config import DenseMLPConfig
 from model.dense_mlp import DenseMLP
 from model.parameters import materialize
-from tests.model.build import context, gradients_agree, normal
+from tests.model.build import context, gradients_agree, normal, place
 
 
 def dense_mlp(*, d_model: int = 6, dropout: float = 0.0) -> Any:
     """With biases that are not zero."""
-    layer: Any = DenseMLP(
-        DenseMLPConfig(hidden_dim=9), d_model=d_model, num_layers=2, depth=0, dropout_probability=dropout
-    )
+    layer: Any = DenseMLP(DenseMLPConfig(hidden_dim=9), place("attention", d_model=d_model, dropout=dropout))
     materialize(layer, seed=5, dtype=torch.float64)
     with torch.no_grad():
         layer.up.bias += normal(9)

@@ -1,5 +1,7 @@
 """The one-process dispatcher: its plan is the routing, sorted by group."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ def routing(num_routings: int, *, num_choices: int, num_rows: int, num_outputs: 
         output_row_N=torch.randint(num_outputs, (num_routings,), generator=generator),
         num_rows=num_rows,
         num_outputs=num_outputs,
-        num_groups=num_groups,
+        bank=ExpertBank(num_groups, {}),
     )
 
 
@@ -81,5 +83,8 @@ def test_group_ends_close_every_group_also_the_empty_ones(ids: list[int], ends: 
 
 
 def test_on_one_process_the_weights_are_the_banks_own():
-    bank = ExpertBank(3, {"weight": ((2, 2), draw_normal(1.0))})
-    assert LocalDispatcher().weights(bank).wait() == dict(bank.named_parameters())
+    bank = ExpertBank(7, {"weight": ((2, 2), draw_normal(1.0))})
+    routed = replace(routing(3, num_choices=2, num_rows=5, num_outputs=4, num_groups=7), bank=bank)
+    dispatcher = LocalDispatcher()
+    (exchange,) = dispatcher.plan(routed)
+    assert dispatcher.weights(exchange).wait() == dict(bank.named_parameters())

@@ -1,17 +1,20 @@
 """AllToAllDispatcher against one process in float64: every routing, uneven and empty ranks, padding, outputs and each gradient."""
 
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from model.dispatch import Routing
+from model.parameters import ExpertBank
 from parallel.expert import AllToAllDispatcher
 from tests.parallel.two_steps import open_world
 
 GROUPS, CHOICES, HEADS, D, C = 7, 2, 2, 6, 3  # 7 groups: padding on 2 and on 4 ranks
-ROUTINGS = ["random", "one_expert", "one_rank", "none_to_last_rank", "ties"]
+ROUTINGS = ["random", "one_expert", "one_rank", "none_to_last_rank", "one_expert_twice"]
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,11 @@ class Rows:
 def rows_of(rank: int, *, routing: str, tokens: int) -> Rows:
     g = torch.Generator().manual_seed(100 + rank)
     scores = torch.rand(tokens * HEADS, GROUPS, generator=g, dtype=torch.float64)
-    favoured = {"one_expert": [3, 4], "one_rank": [0, 1], "none_to_last_rank": [0, 1, 2, 3], "ties": [2, 5]}.get(
-        routing, []
-    )
+    favoured = {"one_expert": [3], "one_rank": [0, 1], "none_to_last_rank": [0, 1, 2, 3]}.get(routing, [])
     scores[:, favoured] += 2
     ids = scores.sort(descending=True).indices[:, :CHOICES]
-    if routing == "ties":
-        ids = torch.tensor([2, 2]).expand(tokens * HEADS, CHOICES)  # one row meets one expert twice
+    if routing == "one_expert_twice":
+        ids = torch.full_like(ids, 2)  # every copy goes to one expert, and a row meets it with both of its gates
     return Rows(
         x_TD=torch.randn(tokens, D, generator=g, dtype=torch.float64),
         gates_XK=torch.rand(tokens * HEADS, CHOICES, generator=g, dtype=torch.float64),
@@ -79,8 +80,9 @@ def by_dispatcher(routing: str, tokens_of: list[int], ep_size: int) -> dict[str,
         x, gates = rows.x_TD.clone().requires_grad_(), rows.gates_XK.clone().requires_grad_()
         pair = torch.arange(rows.ids_XK.shape[0])
         tokens, pairs = (pair // HEADS, tokens_of[rank]), (pair, len(pair))
-        to_heads = Routing(gates, rows.ids_XK, tokens[0], pairs[0], tokens[1], pairs[1], GROUPS)
-        to_tokens = Routing(gates, rows.ids_XK, pairs[0], tokens[0], pairs[1], tokens[1], GROUPS)
+        bank = ExpertBank(GROUPS, {})
+        to_heads = Routing(gates, rows.ids_XK, tokens[0], pairs[0], tokens[1], pairs[1], bank)
+        to_tokens = Routing(gates, rows.ids_XK, pairs[0], tokens[0], pairs[1], tokens[1], bank)
         exchange_v, exchange_o = dispatcher.plan(to_heads, to_tokens)
         hidden = _apply(dispatcher, exchange_v, x, value)
         y = _apply(dispatcher, exchange_o, hidden.tanh(), output)
@@ -121,6 +123,52 @@ def test_outputs_and_every_gradient_equal_a_loop_in_float64(pool, routing, proce
             owned = np.concatenate([found[first + rank][name] for rank in range(ep_size)])[:GROUPS]
             summed = sum(expected[first + rank][name] for rank in range(ep_size))
             np.testing.assert_allclose(owned, summed, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+def two_routings(rank: int) -> tuple[Routing, Routing]:
+    """V's and O's of three tokens, planned together as SwitchHead does."""
+    gates_XK, ids_XK = torch.ones(3 * HEADS, CHOICES), rows_of(rank, routing="random", tokens=3).ids_XK
+    pair_X = torch.arange(3 * HEADS)
+    bank = ExpertBank(GROUPS, {})
+    return (
+        Routing(gates_XK, ids_XK, pair_X // HEADS, pair_X, 3, 3 * HEADS, bank),
+        Routing(gates_XK, ids_XK, pair_X, pair_X // HEADS, 3 * HEADS, 3, bank),
+    )
+
+
+def collectives_of_a_plan() -> int:
+    with (
+        open_world(2) as mesh,
+        mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchanged,
+    ):
+        AllToAllDispatcher(mesh.expert_group).plan(*two_routings(mesh.rank))
+        return exchanged.call_count
+
+
+def test_the_counts_of_all_routings_of_a_plan_travel_in_one_exchange(pool):
+    assert pool(2).run(collectives_of_a_plan) == [1, 1]
+
+
+def dtypes_summed_in() -> list[torch.dtype]:
+    """Of the sums that combine makes of bfloat16 results."""
+    dtypes = []
+    index_add = torch.Tensor.index_add
+
+    def recorded(self: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        dtypes.append(self.dtype)
+        return index_add(self, *arguments, **options)
+
+    with open_world(2) as mesh, mock.patch.object(torch.Tensor, "index_add", recorded):
+        dispatcher = AllToAllDispatcher(mesh.expert_group)
+        exchange, _ = dispatcher.plan(*two_routings(mesh.rank))
+        partials = torch.ones(sum(exchange.receive), C, dtype=torch.bfloat16)
+        assert dispatcher.combine(exchange, partials, label="test").wait().dtype == torch.bfloat16
+    return dtypes
+
+
+def test_results_of_a_row_are_summed_in_float32_at_home(pool):
+    """Looks at the dtype, because a CPU's index_add sums bfloat16 in float32 by itself: the values could not tell."""
+    assert pool(2).run(dtypes_summed_in) == [[torch.float32]] * 2
 
 
 def test_two_runs_are_equal_bit_for_bit(pool):

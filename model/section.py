@@ -1,0 +1,90 @@
+"""What every section of a config is, and what the sections of layers promise, so that a new layer needs no line in a list of kinds.
+
+Owns the base classes; model/config.py has the sections themselves. Imports no torch: `--help` reads the sections too.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+Size = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer stands. mixers: the kind of every layer's mixer, in order. backend: how grouped_matmul computes.
+
+    dropout: `model.dropout`, for a layer that has a hidden state of its own to drop.
+    """
+
+    d_model: int
+    num_layers: int
+    depth: int
+    mixers: tuple[str, ...]
+    backend: str
+    dropout: float
+
+
+class LayerSection(Section):
+    """The section of a kind of layer: it says what the rest of the system must know of the kind, and builds it."""
+
+    def build(self, place: Place) -> "nn.Module":
+        """The layer at `place`, on the meta device."""
+        raise NotImplementedError
+
+    def banks(self) -> list[int]:
+        """Number of expert groups of each of the layer's banks; empty for a layer without experts."""
+        return []
+
+    def expert_widths(self, d_model: int) -> set[int]:
+        """Every width that grouped_matmul meets, as rows or columns."""
+        return set()
+
+    def notes(self) -> list[str]:
+        """Sentences for the log: what a default was turned into."""
+        return []
+
+
+class FeedForwardSection(LayerSection):
+    """A kind of feed-forward: it works on each token by itself."""
+
+
+class MixerSection(LayerSection):
+    """A kind of mixer: it moves information between tokens."""
+
+    def num_memory_blocks(self) -> int:
+        """Rows before the current one that the mixer may look at (Transformer-XL state memory)."""
+        return 0
+
+    def check_length(self, length: int, mixers: tuple[str, ...]) -> None:
+        """ValueError where rows of `length` tokens do not fit the kind; `mixers` as in Place."""
+
+
+class RoutedSection(LayerSection):
+    """What every layer with a router has."""
+
+    num_experts: Size = Field(
+        description="experts of the layer; of SwitchHead: per head, of each projection that has experts"
+    )
+    top_k: Size = Field(description="active experts per token; of SwitchHead: per token and head")
+    expert_dropout: Probability = Field(0.0, description="chance that an expert is left out of the ranking")
+
+    @model_validator(mode="after")
+    def _check_top_k(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k must be at most num_experts, but top_k is {self.top_k} and num_experts is {self.num_experts}: "
+                "lower top_k or add experts"
+            )
+        return self
