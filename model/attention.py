@@ -1,48 +1,48 @@
-"""Scaled dot-product attention over one row of tokens, and the dense multi-head mixer built on it.
+"""Dense multi-head attention, the twin of SwitchHead. Owns the four projections; the rest is attend.py's.
 
-`attend` is shared with switchhead.py. Owns no routing. Shape letters: B rows, S positions, H heads, C head width, D model width.
+Shape letters: B rows, S positions, M positions of memory and row, H heads, G heads of K and V, C head width, D model width.
 """
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from model.config import AttentionConfig
+from model.attend import Attend, merge_heads, split_heads
+from model.attention_config import AttentionConfig
+from model.cache import KeyValueCache
 from model.context import BatchContext
 from model.layer import LayerOutput, Linear
 from model.parameters import DeclaringModule, truncated_normal
-from model.rope import rotate
-
-
-def attend(q_BHSC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, context: BatchContext) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v under the context's mask (plain causal without one): (B, H, S, C)."""
-    mask = context.attention_mask_B1SS
-    return F.scaled_dot_product_attention(q_BHSC, k_BHSC, v_BHSC, attn_mask=mask, is_causal=mask is None)
-
-
-def split_heads(x_BSX: Tensor, num_heads: int) -> Tensor:
-    """(B, S, H*C) -> (B, H, S, C)."""
-    return x_BSX.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+from model.section import Place
 
 
 class Attention(DeclaringModule):
-    """Dense causal multi-head attention with rotary positions and no biases: the twin of SwitchHead at E = 1 without routers."""
+    """Causal multi-head attention without biases: the baselines of arXiv 2312.07987, with rotary or Transformer-XL positions.
 
-    def __init__(self, config: AttentionConfig, *, d_model: int, num_layers: int) -> None:
+    With num_kv_heads G below H, query heads share heads of K and V (grouped queries, arXiv 2305.13245; G = 1: arXiv 1911.02150).
+    """
+
+    def __init__(self, config: AttentionConfig, place: Place) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        inner_dim = config.num_heads * config.head_dim
-        draw_in = truncated_normal(math.sqrt(2 / num_layers / d_model))
-        draw_out = truncated_normal(math.sqrt(2 / num_layers / inner_dim))
+        self.depth = place.depth
+        self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads()
+        d_model, inner_dim = place.d_model, config.num_heads * config.head_dim
+        draw_in = truncated_normal(math.sqrt(2 / place.num_layers / d_model))
+        draw_out = truncated_normal(math.sqrt(2 / place.num_layers / inner_dim))
         self.query = Linear(d_model, inner_dim, draw=draw_in)
-        self.key = Linear(d_model, inner_dim, draw=draw_in)
-        self.value = Linear(d_model, inner_dim, draw=draw_in)
+        self.key = Linear(d_model, self.num_kv_heads * config.head_dim, draw=draw_in)
+        self.value = Linear(d_model, self.num_kv_heads * config.head_dim, draw=draw_in)
         self.output = Linear(inner_dim, d_model, draw=draw_out)
+        self.attend = Attend(config, place, draw=draw_in, learned=True)
 
-    def forward(self, x_BSD: Tensor, context: BatchContext) -> LayerOutput:
-        q_BHSC = rotate(split_heads(self.query(x_BSD), self.num_heads))
-        k_BHSC = rotate(split_heads(self.key(x_BSD), self.num_heads))
-        v_BHSC = split_heads(self.value(x_BSD), self.num_heads)
-        mixed_BHSC = attend(q_BHSC, k_BHSC, v_BHSC, context)
-        return LayerOutput(self.output(mixed_BHSC.transpose(1, 2).flatten(2)), (), {})
+    def new_cache(self, *, block_length: int) -> KeyValueCache:
+        return self.attend.new_cache(block_length=block_length)
+
+    def forward(self, x_BMD: Tensor, context: BatchContext, cache: KeyValueCache | None = None) -> LayerOutput:
+        """x (B, M, D): memory, then the row; y (B, S, D) of the row."""
+        x_BSD = x_BMD[:, context.num_memory(self.depth) :]
+        q_BHSC = split_heads(self.query(x_BSD), self.num_heads)
+        k_BGMC = split_heads(self.key(x_BMD), self.num_kv_heads)
+        v_BGMC = split_heads(self.value(x_BMD), self.num_kv_heads)
+        mixed_BHSC = self.attend(q_BHSC, k_BGMC, v_BGMC, context, cache)
+        return LayerOutput(self.output(merge_heads(mixed_BHSC)))

@@ -14,24 +14,34 @@ _MASK_32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Transformer-XL state memory of B rows: what the layers were given in the rows before.
+
+    states: by depth of a layer with memory, (B, M, D) of the residual stream before the layer's norm, without gradient.
+    filled_B: int64, how many of a layer's M positions are filled, the newest ones; M or more means all.
+    """
+
+    states: dict[int, Tensor]
+    filled_B: Tensor
+
+
+@dataclass(frozen=True)
 class BatchContext:
     """Facts about the B rows of a forward pass.
 
-    positions_B: int64, the data position of each row. attention_mask_B1SS: bool, True where a query (third axis) may look at a key
-    (fourth); None means plain causal. seed and step choose the dropout masks.
+    positions_B: int64, the data position of each row. document_ids_BS: equal inside a document; None lets a row be one document.
+    seed and step choose the dropout masks. memory: only where a mixer has memory.
     """
 
     positions_B: Tensor
-    attention_mask_B1SS: Tensor | None
+    document_ids_BS: Tensor | None
     seed: int
     step: int
+    memory: Memory | None = None
 
-
-def document_mask(document_ids_BS: Tensor) -> Tensor:
-    """bool (B, 1, S, S): causal, and inside one document."""
-    length = document_ids_BS.shape[1]
-    causal_SS = torch.ones(length, length, dtype=torch.bool, device=document_ids_BS.device).tril()
-    return (document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :]) & causal_SS
+    def num_memory(self, depth: int) -> int:
+        """Positions of memory that come before the row's own in what the mixer at `depth` is given."""
+        return 0 if self.memory is None or depth not in self.memory.states else self.memory.states[depth].shape[1]
 
 
 def dropout(x_BSC: Tensor, context: BatchContext, *, probability: float, site: str, depth: int) -> Tensor:
@@ -54,6 +64,21 @@ def keep_mask(
     offset_BS = _mix(row_B[:, None] ^ _mix(torch.arange(length, device=device)))
     element_BSC = _mix(offset_BS[:, :, None] ^ _mix(torch.arange(channels, device=device) + _MASK_32 // 2))
     return element_BSC >= int(probability * (_MASK_32 + 1))
+
+
+def keep_at(context: BatchContext, *coordinates: Tensor, probability: float, site: str, depth: int) -> Tensor:
+    """bool, True with chance 1 - probability, by hashing the given coordinates after the position of each row.
+
+    coordinates: integers, also negative ones, whose meaning is the caller's; each broadcastable to the result's shape (B, ...), one
+    of them with as many axes. With (offset, channel) of all elements this is `keep_mask`; here single elements can be asked for.
+    """
+    digest = hashlib.blake2b(f"{context.seed}/{context.step}/{site}/{depth}".encode(), digest_size=4).digest()
+    key = int.from_bytes(digest, "little")
+    positions = context.positions_B.view(-1, *(1 for _ in range(max(x.ndim for x in coordinates) - 1)))
+    state = _mix(_mix((positions & _MASK_32) ^ key) ^ (positions >> 32))
+    for place, coordinate in enumerate(coordinates):
+        state = _mix(state ^ _mix(coordinate.long() + place * (_MASK_32 // 2)))
+    return state >= int(probability * (_MASK_32 + 1))
 
 
 def _mix(x: Tensor) -> Tensor:

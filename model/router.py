@@ -1,11 +1,11 @@
 """Routers: from hidden states to gates and expert ids, in float32 whatever the run's dtype.
 
 Owns the scores, the selection and the entropy regulariser. Does not own what the chosen experts compute (switchhead.py,
-sigma_moe.py) nor how rows travel (dispatch.py). Shape letters: T tokens, H heads, E experts per head, K choices.
+sigma_moe.py) nor how rows travel (dispatch.py). Shape letters: T tokens (B rows of S positions), H heads, E experts per head, K choices.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class RouterReport(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A router's decision: sigmoid gates and expert ids within the head, (T, H, K) each, K descending by score."""
+    """A router's decision: gates and expert ids within the head, (T, H, K) each, K descending by score."""
 
     gates_THK: Tensor
     experts_THK: Tensor
@@ -54,8 +54,10 @@ class Router(DeclaringModule):
         return logits.view(-1, self.num_heads, self.num_experts)
 
 
-def choose(logits_THE: Tensor, *, top_k: int, kept_THE: Tensor | None = None) -> Choice:
-    """The K best experts of each (token, head) with gate sigmoid(logit), not renormalised.
+def choose(
+    logits_THE: Tensor, *, top_k: int, kept_THE: Tensor | None = None, gates: Literal["sigmoid", "softmax"] = "sigmoid"
+) -> Choice:
+    """The K best experts of each (token, head), with gate sigmoid(logit), or softmax over the K logits as in MoA; not renormalised.
 
     kept_THE: bool, False where expert dropout takes an expert out of the *ranking*; gates are read from the untouched logits, so a
     pick forced on a dropped expert still has a finite gate. Among equal scores the lowest id wins (torch.topk promises no order).
@@ -64,19 +66,28 @@ def choose(logits_THE: Tensor, *, top_k: int, kept_THE: Tensor | None = None) ->
     if kept_THE is not None:
         scores_THE = scores_THE.masked_fill(~kept_THE, -torch.inf)
     experts_THK = scores_THE.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-    return Choice(logits_THE.gather(-1, experts_THK).sigmoid(), experts_THK)
+    chosen_THK = logits_THE.gather(-1, experts_THK)
+    return Choice(chosen_THK.softmax(-1) if gates == "softmax" else chosen_THK.sigmoid(), experts_THK)
 
 
 def kept_experts(
-    logits_THE: Tensor, context: BatchContext, *, probability: float, site: str, depth: int
+    logits_THE: Tensor, context: BatchContext, *, probability: float, site: str, depth: int, num_memory: int = 0
 ) -> Tensor | None:
-    """bool (T, H, E), one draw for each token, head and expert, for `choose`; None where nothing is dropped."""
+    """bool (T, H, E), one draw for each token, head and expert, for `choose`; None where nothing is dropped.
+
+    num_memory: how many of each row's positions, the first ones, are memory. Their masks have a key of their own, so that memory leaves
+    the masks of the row's own tokens alone.
+    """
     if probability == 0.0:
         return None
     num_tokens, num_heads, num_experts = logits_THE.shape
-    length = num_tokens // max(1, len(context.positions_B))
-    keep = keep_mask(context, length, num_heads * num_experts, probability=probability, site=site, depth=depth)
-    return keep.view(num_tokens, num_heads, num_experts)
+    length = num_tokens // len(context.positions_B) - num_memory if num_tokens else 0
+    chance = {"probability": probability, "depth": depth}
+    keep_BSX = keep_mask(context, length, num_heads * num_experts, site=site, **chance)
+    if num_memory:
+        memory_BSX = keep_mask(context, num_memory, num_heads * num_experts, site=f"{site}/memory", **chance)
+        keep_BSX = torch.cat([memory_BSX, keep_BSX], dim=1)
+    return keep_BSX.view(num_tokens, num_heads, num_experts)
 
 
 def negative_entropy(logits_TE: Tensor, statistics: BatchStatistics) -> Tensor:
@@ -87,6 +98,16 @@ def negative_entropy(logits_TE: Tensor, statistics: BatchStatistics) -> Tensor:
     """
     mean_E = statistics.mean(logits_TE.softmax(-1))
     return (mean_E * mean_E.clamp_min(torch.finfo(mean_E.dtype).tiny).log()).sum()
+
+
+def sequence_negative_entropy(logits_BSHE: Tensor, statistics: BatchStatistics) -> Tensor:
+    """SwitchHead's optional regulariser before its weight delta (specs of arXiv 2312.07987, section 3); in [-log E, 0].
+
+    The mean over the micro-step's rows on all ranks of sum_e p_e log p_e, where p is a row's mean over positions and heads of
+    softmax(logits).
+    """
+    mean_BE = logits_BSHE.softmax(-1).mean((1, 2))
+    return statistics.mean((mean_BE * mean_BE.clamp_min(torch.finfo(mean_BE.dtype).tiny).log()).sum(-1))
 
 
 @torch.no_grad()

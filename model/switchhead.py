@@ -1,99 +1,162 @@
-"""SwitchHead attention: value and output projections are experts, chosen per token and head (arXiv 2312.07987).
+"""SwitchHead attention: value and output projections, or others, are experts, chosen per token and head (arXiv 2312.07987).
 
-q and k stay dense; there is one attention matrix per head. The layer is written for one process; parallel/parallelize.py narrows the
-two banks and hands it another dispatcher. Shape letters: B rows, S positions, T = B*S tokens, D model width, H heads, C head width,
-E experts per head, K choices, G = H*E expert groups (group h*E + e), R received rows, P output rows.
+There is one attention matrix per head. The layer is written for one process; parallel/parallelize.py narrows the banks and hands it
+another dispatcher, and statistics over all ranks. Shape letters: B rows, S positions, M positions of memory and row, T tokens (B rows
+of S or M), D model width, H heads, C head width, E experts per head, K choices, R received rows, P output rows. Expert e of head h is
+group h*E + e of a bank.
 """
 
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.attention import attend, split_heads
-from model.config import SwitchHeadConfig
+from model.attend import Attend, merge_heads, split_heads
+from model.attention_config import DESTINATION_SIDE, SOURCE_SIDE, SwitchHeadConfig
+from model.cache import KeyValueCache
 from model.context import BatchContext
 from model.dispatch import Dispatcher, LocalDispatcher, Routing
 from model.experts import gate_then_project, project_then_gate
 from model.layer import LayerOutput, Linear
 from model.parameters import DeclaringModule, ExpertBank, normal
-from model.rope import rotate
-from model.router import Choice, Router, choose, kept_experts, report, switchhead_rows
+from model.router import (
+    Choice,
+    Router,
+    RouterReport,
+    choose,
+    kept_experts,
+    report,
+    sequence_negative_entropy,
+    switchhead_rows,
+)
+from model.section import Place
+from model.statistics import BatchStatistics, LocalStatistics
+
+
+class _Routed(NamedTuple):
+    """The choice for each expert projection; what each router did with the row's own tokens, not with memory, and its losses."""
+
+    choices: Mapping[str, Choice]
+    auxiliary_losses: tuple[Tensor, ...]
+    reports: Mapping[str, RouterReport]
 
 
 class SwitchHead(DeclaringModule):
-    """RoPE form, pre-normalised input, no biases, sigmoid gates without renormalisation, separate routers for V and O.
+    """Pre-normalised input, no biases, gates without renormalisation; V and O are experts by default, each with its own router.
 
-    `depth` names the layer in dropout keys; `num_layers` sets the initial scale sqrt(2 / L) of the paper's training code.
+    K and V, their experts and their router are computed on memory and row; Q and O on the row. Without u, v biases and with a fixed
+    scale in the Transformer-XL form. The initial scale is sqrt(2 / L) for L layers, as in the paper's training code.
+
+    The auxiliary loss, one for each router, is entropy_weight * the mean over rows of sum_e p_e log p_e (router.py).
     """
 
-    def __init__(self, config: SwitchHeadConfig, *, d_model: int, num_layers: int, depth: int, backend: str) -> None:
+    def __init__(self, config: SwitchHeadConfig, place: Place) -> None:
         super().__init__()
         self.config = config
-        self.depth = depth
-        self.backend = backend
+        self.place = place
         self.dispatcher: Dispatcher = LocalDispatcher()
-        self.num_groups = config.num_heads * config.num_experts
-        inner_dim = config.num_heads * config.head_dim
-        std_in = math.sqrt(2 / num_layers / d_model)
-        std_out = math.sqrt(2 / num_layers / inner_dim)  # the fan-in of the whole projection, never of one expert
-        routing = {"d_model": d_model, "num_heads": config.num_heads, "num_experts": config.num_experts}
-        self.query = Linear(d_model, inner_dim, draw=normal(std_in))
-        self.key = Linear(d_model, inner_dim, draw=normal(std_in))
-        self.value_router = Router(**routing, draw=switchhead_rows(std_in))
-        self.output_router = Router(**routing, draw=switchhead_rows(std_in))
-        self.value_experts = ExpertBank(self.num_groups, {"weight": ((d_model, config.head_dim), normal(std_in))})
-        self.output_experts = ExpertBank(self.num_groups, {"weight": ((config.head_dim, d_model), normal(std_out))})
+        self.statistics: BatchStatistics = LocalStatistics()
+        self.router_of = config.router_of()
+        d_model, head_dim, heads, experts = place.d_model, config.head_dim, config.num_heads, config.num_experts
+        std_in = math.sqrt(2 / place.num_layers / d_model)
+        std_out = math.sqrt(
+            2 / place.num_layers / (heads * head_dim)
+        )  # the whole projection's fan-in, not one expert's
+        for name in ("query", "key", "value", "output"):
+            from_heads = name == "output"
+            draw = normal(std_out if from_heads else std_in)
+            if name in self.router_of:
+                shape = (head_dim, d_model) if from_heads else (d_model, head_dim)
+                self.add_module(f"{name}_experts", ExpertBank(heads * experts, {"weight": (shape, draw)}))
+            else:
+                sizes = (heads * head_dim, d_model) if from_heads else (d_model, heads * head_dim)
+                self.add_module(name, Linear(*sizes, draw=draw))
+        for name in dict.fromkeys(self.router_of.values()):
+            router = Router(d_model=d_model, num_heads=heads, num_experts=experts, draw=switchhead_rows(std_in))
+            self.add_module(f"{name}_router", router)
+        self.attend = Attend(config, place, draw=normal(std_in), learned=False)
 
-    def forward(self, x_BSD: Tensor, context: BatchContext) -> LayerOutput:
-        """y (B, S, D): sum over heads and chosen O experts of gate * (attention over the chosen V experts' values)."""
-        batch, length, d_model = x_BSD.shape
-        x_TD = x_BSD.reshape(-1, d_model)
-        heads = self.config.num_heads
+    def new_cache(self, *, block_length: int) -> KeyValueCache:
+        return self.attend.new_cache(block_length=block_length)
 
-        # route: both routers read the layer's input, so one exchange of counts serves V and O
-        value_logits_THE, output_logits_THE = self.value_router(x_TD), self.output_router(x_TD)
-        values = self._choose(value_logits_THE, context, site="value_expert")
-        outputs = self._choose(output_logits_THE, context, site="output_expert")
-        exchange_v, exchange_o = self.dispatcher.plan(
-            self._routing(values, to_heads=True), self._routing(outputs, to_heads=False)
-        )
+    def forward(self, x_BMD: Tensor, context: BatchContext, cache: KeyValueCache | None = None) -> LayerOutput:
+        """x (B, M, D): memory, then the row; y (B, S, D) of the row: sum over heads and O experts of gate * what the head has read."""
+        dispatcher, backend, heads = self.dispatcher, self.place.backend, self.config.num_heads
+        x_BSD = x_BMD[:, context.num_memory(self.place.depth) :]
 
-        # V: dispatch under Q, K and RoPE, grouped_matmul, combine
-        arriving = self.dispatcher.dispatch(exchange_v, x_TD, label="value")
-        value_weights = self.dispatcher.weights(self.value_experts)
-        q_BHSC = rotate(split_heads(self.query(x_BSD), heads))
-        k_BHSC = rotate(split_heads(self.key(x_BSD), heads))
-        rows_RD, plan = arriving.wait()
-        partials_PC = project_then_gate(rows_RD, value_weights.wait()["weight"], plan, backend=self.backend)
-        v_XC = self.dispatcher.combine(exchange_v, partials_PC, label="value").wait()
-        mixed_BHSC = attend(
-            q_BHSC, k_BHSC, split_heads(v_XC.view(batch, length, heads * self.config.head_dim), heads), context
-        )
+        # route: all routers read the layer's input, so one exchange of counts serves every projection
+        routed = self._route(x_BMD, x_BSD, context)
+        routings = [self._routing(name, choice) for name, choice in routed.choices.items()]
+        exchanges = dict(zip(routed.choices, dispatcher.plan(*routings), strict=True))
+
+        # V, Q, K: dispatch what goes to experts, the dense ones under it; grouped_matmul, combine
+        inputs = {"value": x_BMD, "query": x_BSD, "key": x_BMD}
+        arriving, returning, projected = {}, {}, {}
+        for name in [name for name in inputs if name in exchanges]:
+            rows = dispatcher.dispatch(exchanges[name], inputs[name].flatten(0, 1), label=name)
+            arriving[name] = rows, dispatcher.weights(exchanges[name])
+        for name in [name for name in inputs if name not in exchanges]:
+            projected[name] = self.get_submodule(name)(inputs[name])
+        for name, (rows, weights) in arriving.items():
+            rows_RD, plan = rows.wait()
+            partials_PC = project_then_gate(rows_RD, weights.wait()["weight"], plan, backend=backend)
+            returning[name] = dispatcher.combine(exchanges[name], partials_PC, label=name)
+        for name, sums in returning.items():
+            projected[name] = sums.wait().view(*inputs[name].shape[:2], heads * self.config.head_dim)
+        q_BHSC, k_BHMC, v_BHMC = (split_heads(projected[name], heads) for name in ("query", "key", "value"))
+        mixed_BSX = merge_heads(self.attend(q_BHSC, k_BHMC, v_BHMC, context, cache))
 
         # O: dispatch, grouped_matmul, combine
-        mixed_XC = mixed_BHSC.transpose(1, 2).reshape(-1, self.config.head_dim)
-        arriving = self.dispatcher.dispatch(exchange_o, mixed_XC, label="output")
-        output_weights = self.dispatcher.weights(self.output_experts)
-        rows_RC, plan = arriving.wait()
-        partials_PD = gate_then_project(rows_RC, output_weights.wait()["weight"], plan, backend=self.backend)
-        y_TD = self.dispatcher.combine(exchange_o, partials_PD, label="output").wait()
+        if "output" in exchanges:
+            mixed_XC = mixed_BSX.reshape(-1, self.config.head_dim)
+            rows = dispatcher.dispatch(exchanges["output"], mixed_XC, label="output")
+            weights = dispatcher.weights(exchanges["output"])
+            rows_RC, plan = rows.wait()
+            partials_PD = gate_then_project(rows_RC, weights.wait()["weight"], plan, backend=backend)
+            y_BSD = dispatcher.combine(exchanges["output"], partials_PD, label="output").wait().view(x_BSD.shape)
+        else:
+            y_BSD = self.get_submodule("output")(mixed_BSX)
+        return LayerOutput(y_BSD, routed.auxiliary_losses, routed.reports)
 
-        reports = {"value": report(value_logits_THE, values), "output": report(output_logits_THE, outputs)}
-        return LayerOutput(y_TD.view(batch, length, d_model), (), reports)
+    def _route(self, x_BMD: Tensor, x_BSD: Tensor, context: BatchContext) -> _Routed:
+        choices, losses, reports = {}, [], {}
+        for name in dict.fromkeys(self.router_of.values()):
+            projections = [projection for projection, router in self.router_of.items() if router == name]
+            router, reads_memory = self.get_submodule(f"{name}_router"), any(p in SOURCE_SIDE for p in projections)
+            x_BXD = x_BMD if reads_memory else x_BSD
+            logits_THE = router(x_BXD.flatten(0, 1))
+            choice = self._choose(logits_THE, context, router=name, num_memory=x_BXD.shape[1] - x_BSD.shape[1])
+            own_logits_THE, *own = (_of_the_row(part, x_BXD, x_BSD) for part in (logits_THE, *choice))
+            for projection in projections:
+                choices[projection] = Choice(*own) if projection in DESTINATION_SIDE else choice
+            reports[name] = report(own_logits_THE, Choice(*own))
+            if self.config.entropy_weight > 0:
+                logits_BSHE = own_logits_THE.view(*x_BSD.shape[:2], *own_logits_THE.shape[1:])
+                losses.append(self.config.entropy_weight * sequence_negative_entropy(logits_BSHE, self.statistics))
+        return _Routed(choices, tuple(losses), reports)
 
-    def _choose(self, logits_THE: Tensor, context: BatchContext, *, site: str) -> Choice:
-        probability = self.config.expert_dropout if self.training else 0.0
-        kept_THE = kept_experts(logits_THE, context, probability=probability, site=site, depth=self.depth)
-        return choose(logits_THE, top_k=self.config.top_k, kept_THE=kept_THE)
+    def _choose(self, logits_THE: Tensor, context: BatchContext, *, router: str, num_memory: int) -> Choice:
+        kept_THE = kept_experts(
+            logits_THE,
+            context,
+            probability=self.config.expert_dropout if self.training else 0.0,
+            site=f"{router}_expert",
+            depth=self.place.depth,
+            num_memory=num_memory,
+        )
+        return choose(logits_THE, top_k=self.config.top_k, kept_THE=kept_THE, gates=self.config.gates)
 
-    def _routing(self, choice: Choice, *, to_heads: bool) -> Routing:
-        """V (to_heads) reads the token and writes (token, head); O reads (token, head) and writes the token."""
+    def _routing(self, name: str, choice: Choice) -> Routing:
+        """V, Q and K read the token and write (token, head); O reads (token, head) and writes the token."""
         num_tokens, num_heads, num_choices = choice.experts_THK.shape
         device = choice.experts_THK.device
         pair_X = torch.arange(num_tokens * num_heads, device=device)
         token_X = pair_X // num_heads
         first_group_H1 = torch.arange(num_heads, device=device)[:, None] * self.config.num_experts
+        to_heads, bank = name != "output", self.get_submodule(f"{name}_experts")
+        assert isinstance(bank, ExpertBank)
         return Routing(
             gates_NK=choice.gates_THK.reshape(-1, num_choices),
             expert_ids_NK=(choice.experts_THK + first_group_H1).view(-1, num_choices),
@@ -101,5 +164,46 @@ class SwitchHead(DeclaringModule):
             output_row_N=pair_X if to_heads else token_X,
             num_rows=num_tokens if to_heads else num_tokens * num_heads,
             num_outputs=num_tokens * num_heads if to_heads else num_tokens,
-            num_groups=self.num_groups,
+            bank=bank,
         )
+
+
+def _of_the_row(part_THX: Tensor, x_BMD: Tensor, x_BSD: Tensor) -> Tensor:
+    """The tokens of the row itself, without those of memory before it."""
+    batch, length = x_BMD.shape[:2]
+    return part_THX.view(batch, length, *part_THX.shape[1:])[:, length - x_BSD.shape[1] :].flatten(0, 1)
+
+
+class GatedAttention(DeclaringModule):
+    """SwitchHead with a single expert as the authors' library reads it (specs, section 1): V and O are dense, without gates of their own.
+
+    What each head has read is multiplied by a sigmoid gate per (token, head), of a router that reads the row's token. There is nothing
+    to choose, so there is no bank, no report and no loss.
+    """
+
+    def __init__(self, config: SwitchHeadConfig, place: Place) -> None:
+        super().__init__()
+        self.place = place
+        self.num_heads = heads = config.num_heads
+        d_model, inner_dim = place.d_model, config.num_heads * config.head_dim
+        std_in = math.sqrt(2 / place.num_layers / d_model)
+        self.query = Linear(d_model, inner_dim, draw=normal(std_in))
+        self.key = Linear(d_model, inner_dim, draw=normal(std_in))
+        self.value = Linear(d_model, inner_dim, draw=normal(std_in))
+        self.output = Linear(inner_dim, d_model, draw=normal(math.sqrt(2 / place.num_layers / inner_dim)))
+        self.output_router = Router(d_model=d_model, num_heads=heads, num_experts=1, draw=switchhead_rows(std_in))
+        self.attend = Attend(config, place, draw=normal(std_in), learned=False)
+
+    def new_cache(self, *, block_length: int) -> KeyValueCache:
+        return self.attend.new_cache(block_length=block_length)
+
+    def forward(self, x_BMD: Tensor, context: BatchContext, cache: KeyValueCache | None = None) -> LayerOutput:
+        """x (B, M, D): memory, then the row; y (B, S, D) of the row."""
+        x_BSD = x_BMD[:, context.num_memory(self.place.depth) :]
+        gates_BSH = self.output_router(x_BSD.flatten(0, 1)).sigmoid().view(*x_BSD.shape[:2], self.num_heads)
+        heads = (
+            split_heads(p(x), self.num_heads) for p, x in ((self.query, x_BSD), (self.key, x_BMD), (self.value, x_BMD))
+        )
+        mixed_BHSC = self.attend(*heads, context, cache)
+        gated_BHSC = (mixed_BHSC * gates_BSH.transpose(1, 2)[..., None]).to(mixed_BHSC.dtype)
+        return LayerOutput(self.output(merge_heads(gated_BHSC)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.context import BatchContext, document_mask, dropout, keep_mask
+from model.context import BatchContext, dropout, keep_mask
 from tests.model.build import context, normal
 
 SIZE = 64  # of each axis of the masks whose statistics are taken: 262,144 bits, so a correlation has a spread of 1/512
@@ -100,17 +100,6 @@ def test_dropout_with_probability_zero_is_the_input_itself():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_keeps_the_dtype(dtype: torch.dtype):
     assert dropout(torch.ones(2, 3, 4, dtype=dtype), context(2), probability=0.1, site="mixer", depth=0).dtype == dtype
-
-
-def test_the_document_mask_shows_earlier_tokens_of_the_same_document_and_nothing_else():
-    documents_BS = torch.tensor([[0, 0, 1, 1, 2], [4, 4, 4, 4, 4], [0, 1, 2, 2, 2]])
-    visible = document_mask(documents_BS)
-    assert visible.shape == (3, 1, 5, 5)
-    assert visible.dtype == torch.bool
-    for b, documents in enumerate(documents_BS.tolist()):
-        for i in range(5):
-            for j in range(5):
-                assert visible[b, 0, i, j] == (j <= i and documents[i] == documents[j])
 
 
 def test_a_context_never_changes():

@@ -88,6 +88,33 @@ def test_the_expert_mask_draws_for_each_token_head_and_expert():
     assert others.abs().max() < 5 / 1200**0.5
 
 
+def test_memory_has_masks_of_its_own_and_leaves_those_of_the_row_alone():
+    at = {"probability": 0.5, "site": "value_expert", "depth": 1}
+    alone = kept_experts(torch.zeros(2 * 30, 3, 5), context([4, 9]), **at)
+    both = kept_experts(torch.zeros(2 * 60, 3, 5), context([4, 9]), **at, num_memory=30)
+    assert alone is not None
+    assert both is not None
+    memory, row = both.view(2, 60, 15).split(30, dim=1)
+    assert torch.equal(row, alone.view(2, 30, 15))
+    assert abs((memory == row).double().mean().item() - 0.5) < 5 * 0.5 / 900**0.5
+
+
+def test_a_rank_without_rows_has_no_masks_also_with_memory():
+    kept = kept_experts(torch.zeros(0, 3, 5), context([]), probability=0.5, site="x", depth=0, num_memory=4)
+    assert kept is not None
+    assert kept.shape == (0, 3, 5)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_softmax_gates_are_the_shares_of_the_chosen_logits_also_where_an_expert_is_dropped(top_k: int):
+    logits, kept = normal(20, 3, 5), normal(20, 3, 5, seed=1) > 0
+    choice = choose(logits, top_k=top_k, kept_THE=kept, gates="softmax")
+    assert torch.equal(choice.experts_THK, choose(logits, top_k=top_k, kept_THE=kept).experts_THK)
+    torch.testing.assert_close(choice.gates_THK.sum(-1), torch.ones(20, 3).double(), rtol=0, atol=1e-14)
+    powers = logits.gather(-1, choice.experts_THK).exp()
+    torch.testing.assert_close(choice.gates_THK, powers / powers.sum(-1, keepdim=True), rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize(
     ("logits", "expected"),
     [

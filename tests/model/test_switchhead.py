@@ -1,4 +1,7 @@
-"""SwitchHead against the specification written out by hand (invariants 1 to 4, 9 and 14 of its section 13)."""
+"""SwitchHead with V and O as experts: invariants 1 to 4, 9 and 14 of its specification's section 13, for both kinds of positions.
+
+Positions, memory and decoding are in test_attend.py, other experts, routers and gates in test_switchhead_forms.py.
+"""
 
 from typing import Any
 
@@ -6,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.dispatch import LocalDispatcher, Routing
-from model.parameters import ExpertBank
 from tests.model import by_hand
 from tests.model.build import (
+    OPEN,
     Recorded,
+    Watched,
     context,
+    dense_attention,
     gradients_agree,
     normal,
     set_logits,
@@ -20,8 +24,7 @@ from tests.model.build import (
     with_constant_channel,
 )
 
-OPEN = 100.0  # a logit whose sigmoid is exactly 1 in float64
-DOCUMENTS = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0]])
+each_position = pytest.mark.parametrize("positions", ["rope", "xl"])
 
 
 def set_both(layer: Any, logits: Tensor | float) -> None:
@@ -29,48 +32,39 @@ def set_both(layer: Any, logits: Tensor | float) -> None:
     set_logits(layer.output_router, logits)
 
 
-def dense_attention(layer: Any, x_BSD: Tensor) -> Tensor:
-    """Multi-head attention with W_V[h] and W_O[h] the sums over the experts of head h."""
-    weights = switchhead_weights(layer)
-    dense = {
-        "query_HCD": weights["query_HCD"],
-        "key_HCD": weights["key_HCD"],
-        "value_HDC": weights["value_HEDC"].sum(1),
-        "output_HCD": weights["output_HECD"].sum(1),
-    }
-    visible = by_hand.causal(x_BSD.shape[1])
-    return torch.stack([by_hand.attention(row, **dense, visible_SS=visible) for row in x_BSD])
-
-
-@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["causal", "documents"])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_the_forward_equals_the_specification_token_by_token_and_head_by_head(top_k: int, documents: Tensor | None):
+def test_the_forward_equals_the_specification_token_by_token_and_head_by_head(top_k: int):
     layer, x = switchhead(top_k=top_k), normal(2, 6, 6)
-    y = layer(x, context(2, documents_BS=documents)).y_BSD
+    y = layer(x, context(2)).y_BSD
     for row in range(2):
-        visible = by_hand.causal(6)
-        if documents is not None:
-            visible &= documents[row][:, None] == documents[row]
-        expected = by_hand.switchhead(x[row], **switchhead_weights(layer), top_k=top_k, visible_SS=visible)
+        expected = by_hand.switchhead(x[row], **switchhead_weights(layer), top_k=top_k, visible_SS=by_hand.causal(6))
         torch.testing.assert_close(y[row], expected, rtol=0, atol=1e-13)
 
 
-def test_all_experts_with_gates_of_one_are_multi_head_attention_with_summed_experts():
-    layer, x = switchhead(top_k=3), with_constant_channel(normal(2, 5, 6))
+@each_position
+def test_all_experts_with_gates_of_one_are_multi_head_attention_with_summed_experts(positions: str):
+    layer, x = switchhead(top_k=3, positions=positions), with_constant_channel(normal(2, 5, 6))
     set_both(layer, OPEN)
     torch.testing.assert_close(layer(x, context(2)).y_BSD, dense_attention(layer, x), rtol=0, atol=1e-13)
 
 
+@each_position
 @pytest.mark.parametrize(("logit", "share"), [(OPEN, 1.0), (0.0, 0.25)])
-def test_one_expert_is_multi_head_attention_with_open_gates_and_a_quarter_of_it_with_zero_routers(logit, share):
-    layer, x = switchhead(num_experts=1, top_k=1), with_constant_channel(normal(2, 5, 6))
+def test_one_expert_is_multi_head_attention_with_open_gates_and_a_quarter_of_it_with_zero_routers(
+    logit: float, share: float, positions: str
+):
+    layer, x = (
+        switchhead(num_experts=1, top_k=1, single_expert="gate_both", positions=positions),
+        with_constant_channel(normal(2, 5, 6)),
+    )
     set_both(layer, logit)
     torch.testing.assert_close(layer(x, context(2)).y_BSD, share * dense_attention(layer, x), rtol=0, atol=1e-13)
 
 
+@each_position
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_identical_experts_with_zero_routers_are_multi_head_attention_times_half_k_squared(top_k: int):
-    layer, x = switchhead(top_k=top_k), normal(2, 5, 6)
+def test_identical_experts_with_zero_routers_are_multi_head_attention_times_half_k_squared(top_k: int, positions: str):
+    layer, x = switchhead(top_k=top_k, positions=positions), normal(2, 5, 6)
     set_both(layer, 0.0)
     with torch.no_grad():
         for bank in (layer.value_experts, layer.output_experts):
@@ -80,9 +74,10 @@ def test_identical_experts_with_zero_routers_are_multi_head_attention_times_half
     torch.testing.assert_close(layer(x, context(2)).y_BSD, expected, rtol=0, atol=1e-13)
 
 
+@each_position
 @pytest.mark.parametrize("side", ["value", "output"])
-def test_permuting_the_experts_of_a_head_with_their_router_rows_changes_nothing(side: str):
-    layer, x = switchhead(), normal(2, 5, 6)
+def test_permuting_the_experts_of_a_head_with_their_router_rows_changes_nothing(side: str, positions: str):
+    layer, x = switchhead(positions=positions), normal(2, 5, 6)
     before = layer(x, context(2)).y_BSD
     order = [0, 1, 2, 5, 3, 4]  # head 1 only
     bank, router = getattr(layer, f"{side}_experts"), getattr(layer, f"{side}_router")
@@ -189,13 +184,13 @@ def test_experts_are_dropped_with_the_configured_chance():
 def test_reports_count_the_copies_of_every_group_and_carry_no_gradient():
     layer, x = switchhead(), normal(2, 5, 6)
     reports = layer(x, context(2)).reports
-    weights = switchhead_weights(layer)
+    routers = switchhead_weights(layer)["routers"]
     assert set(reports) == {"value", "output"}
     for name, report in reports.items():
         counts, probabilities = torch.zeros(6), torch.zeros(6)
         for token in x.flatten(0, 1):
             for head in range(2):
-                logits = weights[f"{name}_router_HED"][head] @ token
+                logits = routers[name][head] @ token
                 probabilities[3 * head : 3 * head + 3] += (logits.exp() / logits.exp().sum()).float()
                 for expert in by_hand.best(logits, 2):
                     counts[3 * head + expert] += 1
@@ -205,33 +200,10 @@ def test_reports_count_the_copies_of_every_group_and_carry_no_gradient():
         assert not any(part.requires_grad for part in report)
 
 
-class _Watched(LocalDispatcher):
-    """Writes down the calls of a layer."""
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    def plan(self, *routings: Routing) -> Any:
-        self.calls.append(("plan", len(routings)))
-        return super().plan(*routings)
-
-    def dispatch(self, exchange: Any, rows: Tensor, *, label: str) -> Any:
-        self.calls.append(("dispatch", label, tuple(rows.shape)))
-        return super().dispatch(exchange, rows, label=label)
-
-    def combine(self, exchange: Any, partials: Tensor, *, label: str) -> Any:
-        self.calls.append(("combine", label, tuple(partials.shape)))
-        return super().combine(exchange, partials, label=label)
-
-    def weights(self, bank: ExpertBank) -> Any:
-        self.calls.append("weights")
-        return super().weights(bank)
-
-
 def test_both_routings_are_planned_at_once_and_narrow_rows_travel():
     """V sends tokens of width D and gets (token, head) of width C back; O the reverse."""
     layer, x = switchhead(), normal(2, 5, 6)
-    layer.dispatcher = watched = _Watched()
+    layer.dispatcher = watched = Watched()
     layer(x, context(2))
     assert watched.calls == [
         ("plan", 2),
