@@ -1,5 +1,6 @@
 """Promise 1: any number of processes, ep_size and ZeRO stage gives what one process gives on the same rows."""
 
+import copy
 from dataclasses import replace
 from functools import cache
 
@@ -89,6 +90,19 @@ VARIANTS = {
         mixers=("switchhead", "attention"), attention={"num_heads": 4, "head_dim": 8}, num_layers=4
     ),
     "dense twin": Case(model=DENSE),
+    "relative positions and memory": Case(accumulation_steps=2).with_model(
+        switchhead={"positions": "xl", "memory_blocks": 1}
+    ),
+    "all projections": Case().with_model(
+        switchhead={"experts": ("q", "k", "v", "o"), "routers": "separate", "entropy_weight": 1.0}
+    ),
+    "shared router": Case().with_model(switchhead={"routers": "shared", "gates": "softmax"}),
+    "one expert": Case().with_model(switchhead={"num_experts": 1, "top_k": 1, "single_expert": "gate_both"}),
+    "no attention experts": Case().with_model(
+        switchhead={"num_experts": 1, "top_k": 1, "single_expert": "gate_output"}
+    ),
+    "top-k attention": Case().with_model(switchhead={"attend_top_k": 3, "attend_chunk": 5, "attention_dropout": 0.2}),
+    "shift mixing": Case().with_model(mixers=("hsm", "switchhead"), hsm={"variant": "double_gate"}),
 }
 
 
@@ -101,9 +115,48 @@ def test_other_models_and_settings_equal_one_process(pool, processes, stage, var
     assert_same(seen, reference(case), rtol=1e-4, atol=1e-5)
 
 
-def test_the_reference_can_tell_a_wrong_scale():
-    """The comparison itself: twice the learning rate's effect, or a norm that counts an expert twice, must not pass."""
+ADVERSARIAL = {
+    # The last expert of each head has everything: of 4 ranks of an expert group the first and the last get no row of any layer.
+    "one_expert": Case(routing="one_expert").with_model(switchhead={"top_k": 1}, sigma_moe={"top_k": 1}),
+    # Without the entropy's gradient, which at equal scores is rounding noise: experts that nobody chose stay equal.
+    "ties": Case(routing="ties").with_model(sigma_moe={"entropy_weight": 0.0}),
+}
+
+
+@pytest.mark.parametrize("routing", ADVERSARIAL)
+@pytest.mark.parametrize(("ep_size", "stage"), [(2, 2), (4, 1)])
+def test_one_expert_for_all_tokens_and_equal_scores_equal_one_process(pool, ep_size, stage, routing):
+    case = ADVERSARIAL[routing]
+    expected = reference(case)
+    for name, load_G in expected.loads[0].items():
+        for load_E in np.split(load_G, 1 if name.endswith("mlp") else 2):
+            chosen = [0, 1] if routing == "ties" else [len(load_E) - 1]
+            assert np.flatnonzero(load_E).tolist() == chosen, f"the experts that {name} must choose for all tokens"
+    seen = pool(4).run(many_processes, replace(case, ep_size=ep_size, stage=stage))
+    assert_same(seen, expected, rtol=1e-4, atol=1e-5)
+    for step in range(STEPS):
+        for name, load_G in expected.loads[step].items():
+            total_G = sum(rank.loads[step][name] for rank in seen)
+            np.testing.assert_array_equal(total_G, load_G, err_msg=f"copies per expert of {name} at step {step}")
+
+
+def off_by_a_thousandth(seen: Seen, what: str, index: int) -> Seen:
+    """One figure of step 1, the gradient of one parameter at step 1, or one parameter's weights."""
+    changed = copy.deepcopy(seen)
+    if what == "scalars":
+        figures = np.array(seen.scalars)
+        figures[1, index] *= 1.001
+        return replace(changed, scalars=figures.tolist())
+    pieces = changed.gradients[1] if what == "gradients" else changed.weights
+    np.multiply(pieces[index].values, 1.001, out=pieces[index].values)
+    return changed
+
+
+def test_the_comparison_notices_a_thousandth_in_any_figure_gradient_or_weight():
     expected = reference(Case())
-    with pytest.raises(AssertionError, match="gradient norm"):
-        assert_same([reference(Case(accumulation_steps=2))], expected, rtol=1e-4, atol=1e-5)
+    assert_same([expected], expected, rtol=1e-4, atol=1e-5)
+    for what, count in (("scalars", 3), ("gradients", len(expected.weights)), ("weights", len(expected.weights))):
+        for index in range(count):
+            with pytest.raises(AssertionError):
+                assert_same([off_by_a_thousandth(expected, what, index)], expected, rtol=1e-4, atol=1e-5)
     assert all(scalars[1] < 0 for scalars in expected.scalars), "the auxiliary loss must take part"

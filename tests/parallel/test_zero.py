@@ -2,7 +2,8 @@
 
 import math
 import sys
-from typing import Any
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,11 +26,12 @@ def pieces_of(fragments: list[Fragment]) -> list[Piece]:
     ]
 
 
-def train_one(engine: ZeroEngine, case: Case, *, step: int) -> float:
+def train_one(engine: ZeroEngine, case: Case, *, step: int, lr: float | None = None) -> float:
+    lr = optim_config(case).lr if lr is None else lr
     batches = rows(case, rank=engine.mesh.rank, num_ranks=engine.mesh.world_size)
     for _ in range(step):
         next(batches)
-    return train_step(engine, batches, engine.mesh, SETTINGS, step=step, lr=optim_config(case).lr).loss
+    return train_step(engine, batches, engine.mesh, SETTINGS, step=step, lr=lr).loss
 
 
 def written(case: Case) -> list[Piece]:
@@ -82,23 +84,46 @@ def test_state_put_back_into_a_new_engine_repeats_the_next_step_bit_for_bit(pool
             np.testing.assert_array_equal(piece.values, again.values, err_msg=piece.name)
 
 
-def shifted_map() -> str:
-    with open_engine(Case(ep_size=2, stage=1)) as engine:
-        mapping: Any = getattr(engine.model.output.weight, "_hp_mapping")  # noqa: B009
-        if mapping is not None:
-            mapping.hp_fragment_address.start += 1
-            mapping.hp_fragment_address.numel -= 1
-        try:
-            engine._check_partition_map()
-        except RuntimeError as error:
-            return str(error)
-        return "held" if mapping is None else "not noticed"
+def moved(case: Case) -> list[list[Piece]]:
+    """What this rank holds at first, after an update with rate 0, and after one with another rate."""
+    with open_engine(case) as engine:
+        seen = [pieces_of(engine.fragments())]
+        for step, lr in enumerate((0.0, 0.02)):
+            train_one(engine, case, step=step, lr=lr)
+            seen.append(pieces_of(engine.fragments()))
+        return seen
 
 
-def test_a_partition_map_that_points_elsewhere_is_noticed(pool):
-    found = pool(2).run(shifted_map)
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_each_update_is_made_with_the_rate_it_is_given(pool, stage):
+    case = Case(ep_size=2, stage=stage)
+    ranks = pool(2).run(moved, case)
+    first, still, after = (assemble(piece for rank in ranks for piece in rank[moment]) for moment in range(3))
+    for name in first:
+        np.testing.assert_array_equal(first[name], still[name], err_msg=name)
+        assert not np.array_equal(first[name], after[name]), name
+
+
+def opened_with_a_map_that_is_one_too_far() -> str:
+    """As a version of DeepSpeed would have it that lays partitions out differently."""
+    true_fragment = ZeroEngine._fragment
+
+    def shifted(engine: ZeroEngine, parameter) -> Fragment | None:
+        part = true_fragment(engine, parameter)
+        if part is None or parameter.name != "output.weight":
+            return part
+        return replace(part, start=part.start + 1)
+
+    try:
+        with mock.patch.object(ZeroEngine, "_fragment", shifted), open_engine(Case(stage=1)):
+            return "opened"
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_an_engine_whose_partition_map_points_elsewhere_does_not_open(pool):
+    found = pool(2).run(opened_with_a_map_that_is_one_too_far)
     assert any("must hold the weights of output.weight" in message for message in found)
-    assert "not noticed" not in found
 
 
 def compiled_op() -> bool:

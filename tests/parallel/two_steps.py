@@ -15,7 +15,9 @@ import torch
 from data.loader import Batch
 from model.config import ModelConfig
 from model.loss import IGNORED
+from model.memory import StreamMemory
 from model.parameters import logical_parameters, materialize
+from model.router import Router
 from model.transformer import Transformer
 from parallel.config import ProcessInfo
 from train.config import OptimConfig
@@ -63,6 +65,7 @@ class Case:
     optimizer: str = "sgd"
     dtype: str = "float32"
     clip_grad_norm: float = 0.3  # below the norms that occur, so that clipping acts
+    routing: str = "free"  # or "one_expert" or "ties", see set_routing
     model: ModelConfig = field(default=MODEL)
 
     def with_model(self, **changes: Any) -> "Case":
@@ -85,11 +88,37 @@ class Piece:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one rank saw: per step (loss, auxiliary loss, gradient norm) and the gradients; the weights after the last step."""
+    """What one rank saw: per step (loss, auxiliary loss, gradient norm), the gradients and each router's copies per group of its
+    own rows; the weights after the last step.
+    """
 
     scalars: list[tuple[float, float, float]]
     gradients: list[list[Piece]]
+    loads: list[dict[str, np.ndarray]]
     weights: list[Piece]
+
+
+def set_routing(model: Transformer, routing: str) -> None:
+    """Makes every router of a materialised model choose the same for all tokens: each head its last expert, or between equal scores.
+
+    Channel 0 of what a router reads becomes 1, so that column 0 of its weights is a bias. Equal rows with zeros elsewhere then give
+    scores that are equal to the last bit, in whatever order a matmul sums.
+    """
+    if routing == "free":
+        return
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("mixer_norm.weight", "feedforward_norm.weight")):
+                parameter[0] = 0
+            if name.endswith(("mixer_norm.bias", "feedforward_norm.bias")):
+                parameter[0] = 1
+        for router in model.modules():
+            if isinstance(router, Router):
+                rows_HED = router.weight.view(router.num_heads, router.num_experts, -1)
+                rows_HED *= 0.1 if routing == "one_expert" else 0.0
+                rows_HED[..., 0] = 0.125
+                if routing == "one_expert":
+                    rows_HED[:, -1, 0] = 2.0
 
 
 def rows(case: Case, *, rank: int, num_ranks: int) -> Iterator[Batch]:
@@ -108,7 +137,7 @@ def rows(case: Case, *, rank: int, num_ranks: int) -> Iterator[Batch]:
             targets_BS=targets,
             document_ids_BS=(torch.arange(LENGTH) >= boundaries).long(),
             positions_B=torch.tensor(positions),
-            continues_B=torch.zeros(len(positions), dtype=torch.bool),
+            continues_B=torch.tensor([p >= micro_rows for p in positions]),
             num_bytes=int((targets != IGNORED).sum()),
         )
 
@@ -118,6 +147,7 @@ def one_process(case: Case) -> Seen:
     torch.set_num_threads(1)
     model = Transformer(case.model, vocab_size=VOCABULARY, backend="reference")
     materialize(model, seed=7)
+    set_routing(model, case.routing)
     config = optim_config(case)
     engine = PlainEngine(
         model,
@@ -163,6 +193,7 @@ def open_engine(case: Case) -> "Iterator[ZeroEngine]":
     model = Transformer(case.model, vocab_size=VOCABULARY, backend="reference")
     with open_world(case.ep_size) as mesh:
         parallelize(model, mesh, seed=7)
+        set_routing(model, case.routing)
         config = optim_config(case)
         engine = ZeroEngine(
             model,
@@ -186,16 +217,28 @@ def optim_config(case: Case) -> OptimConfig:
 
 
 def _two_steps(case: Case, engine: Any, world: Any, *, gradient: Any) -> Seen:
-    settings = StepSettings(case.accumulation_steps, seed=3, mask_documents=True)
+    memory = _memory(case, world)
+    settings = StepSettings(case.accumulation_steps, seed=3, mask_documents=memory is None)
     batches = rows(case, rank=world.rank, num_ranks=world.world_size)
     gradients: list[list[Piece]] = []
-    scalars = []
+    scalars, loads = [], []
     for step in range(STEPS):
         with _before_update(engine, lambda: gradients.append(_gradients(engine.model, gradient))):
-            result = train_step(engine, batches, world, settings, step=step, lr=optim_config(case).lr)
+            lr = optim_config(case).lr
+            result = train_step(engine, batches, world, settings, step=step, lr=lr, memory=memory)
         scalars.append((result.loss, result.auxiliary_loss, result.grad_norm))
+        loads.append({name: report.count_G.numpy() for name, report in result.reports.items()})
     weights = [Piece(p.name, p.shape, p.start, p.tensors["master"].detach().numpy().copy()) for p in engine.fragments()]
-    return Seen(scalars, gradients, weights)
+    return Seen(scalars, gradients, loads, weights)
+
+
+def _memory(case: Case, world: Any) -> StreamMemory | None:
+    """As many streams as a micro-step has rows: each continues the one of the micro-step before."""
+    if not case.model.memory_blocks():
+        return None
+    place = {"rank": world.rank, "num_ranks": world.world_size, "device": world.device}
+    sizes = {"row_length": LENGTH, "d_model": case.model.d_model, "num_streams": STEP_ROWS // case.accumulation_steps}
+    return StreamMemory(case.model.memory_blocks(), **sizes, **place)
 
 
 class _before_update:
