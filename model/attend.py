@@ -31,7 +31,6 @@ class Attend(DeclaringModule):
     def __init__(self, config: AttendSection, place: Place, *, draw: Initializer, learned: bool) -> None:
         super().__init__()
         self.config = config
-        self.depth = place.depth
         self.relative: RelativePositions | None = None
         if config.positions == "xl":
             self.relative = RelativePositions(
@@ -77,7 +76,7 @@ class Attend(DeclaringModule):
                 chunk=self.config.attend_chunk or DEFAULT_CHUNK,
                 scale=scale,
                 relative=by_distance,
-                drop=AttentionDropout(context, self.config.attention_dropout, self.depth) if drops else None,
+                drop=AttentionDropout(context, self.config.attention_dropout) if drops else None,
             )
         bias = _bias(mask, by_distance)
         shared = q_BHSC.shape[1] != k_BGMC.shape[1]

@@ -24,7 +24,6 @@ class Attention(DeclaringModule):
 
     def __init__(self, config: AttentionConfig, place: Place) -> None:
         super().__init__()
-        self.depth = place.depth
         self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads()
         d_model, inner_dim = place.d_model, config.num_heads * config.head_dim
         draw_in = truncated_normal(math.sqrt(2 / place.num_layers / d_model))
@@ -40,7 +39,7 @@ class Attention(DeclaringModule):
 
     def forward(self, x_BMD: Tensor, context: BatchContext, cache: KeyValueCache | None = None) -> LayerOutput:
         """x (B, M, D): memory, then the row; y (B, S, D) of the row."""
-        x_BSD = x_BMD[:, context.num_memory(self.depth) :]
+        x_BSD = x_BMD[:, context.num_memory :]
         q_BHSC = split_heads(self.query(x_BSD), self.num_heads)
         k_BGMC = split_heads(self.key(x_BMD), self.num_kv_heads)
         v_BGMC = split_heads(self.value(x_BMD), self.num_kv_heads)

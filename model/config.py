@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from model.attention_config import AttentionConfig, SwitchHeadConfig
+from model.feedforward_config import DenseMLPConfig, SigmaMoEConfig
 from model.hsm.config import HSMConfig
 from model.section import (
     FeedForwardSection,
@@ -18,45 +19,14 @@ from model.section import (
     MixerSection,
     Place,
     Probability,
-    RoutedSection,
     Section,
     Size,
 )
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 Pattern = Annotated[tuple[str, ...], Field(min_length=1)]
-
-
-class SigmaMoEConfig(RoutedSection, FeedForwardSection):
-    """sigma-MoE feed-forward: sigmoid gates, ReLU experts (arXiv 2310.10837)."""
-
-    expert_dim: Size = Field(description="hidden width of one expert")
-    router: Literal["sigmoid"] = "sigmoid"
-    entropy_weight: Annotated[float, Field(ge=0.0)] = Field(1.0e-4, description="gamma of the entropy regulariser")
-
-    def build(self, place: Place) -> "nn.Module":
-        from model.sigma_moe import SigmaMoE
-
-        return SigmaMoE(self, place)
-
-    def banks(self) -> list[int]:
-        return [self.num_experts]
-
-    def expert_widths(self, d_model: int) -> set[int]:
-        return {d_model, self.expert_dim}
-
-
-class DenseMLPConfig(FeedForwardSection):
-    """Two linear layers with biases and a ReLU between, the twin of sigma-MoE."""
-
-    hidden_dim: Size
-
-    def build(self, place: Place) -> "nn.Module":
-        from model.dense_mlp import DenseMLP
-
-        return DenseMLP(self, place)
 
 
 class ModelConfig(Section):
@@ -75,6 +45,9 @@ class ModelConfig(Section):
     hsm: HSMConfig | None = None
     sigma_moe: SigmaMoEConfig | None = None
     dense_mlp: DenseMLPConfig | None = None
+    distinct_layers: Size | None = Field(
+        default=None, description="layers with weights of their own, used again over the depth, A B A B; null: all"
+    )
     dropout: Probability = Field(0.0, description="residual, embedding, final-state and dense hidden dropout")
     recompute: bool = Field(False, description="recompute each layer's activations in the backward pass")
     expert_backend: Literal["auto", "torch", "loop", "reference"] = Field(
@@ -116,6 +89,28 @@ class ModelConfig(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _distinct_layers_fit(self) -> Self:
+        if self.distinct_layers is None:
+            return self
+        if self.num_layers % self.distinct_layers:
+            raise ValueError(
+                f"distinct_layers must divide num_layers, but distinct_layers is {self.distinct_layers} and num_layers is "
+                f"{self.num_layers}: change one of them"
+            )
+        for name in ("mixers", "feedforwards"):
+            if self.distinct_layers % len(getattr(self, name)):
+                raise ValueError(
+                    f"a layer that is used again must be of one kind: the entries of {name} must divide distinct_layers, but {name} has "
+                    f"{len(getattr(self, name))} and distinct_layers is {self.distinct_layers}: change one of them"
+                )
+        if "hsm" in self.mixers:
+            raise ValueError(
+                f"hsm shifts by another distance at each depth, but distinct_layers is {self.distinct_layers} and mixers names hsm: "
+                "set distinct_layers to null or choose another mixer"
+            )
+        return self
+
     @classmethod
     def kinds(cls, kind: type[LayerSection]) -> list[str]:
         """Names of the fields whose section is of this kind."""
@@ -141,9 +136,11 @@ class ModelConfig(Section):
         """The kind of every layer's mixer."""
         return tuple(islice(cycle(self.mixers), self.num_layers))
 
-    def place(self, depth: int, *, backend: str) -> Place:
-        """What the layer at `depth` is built with."""
-        return Place(self.d_model, self.num_layers, depth, self.mixer_kinds(), backend, self.dropout)
+    def places(self, *, backend: str) -> list[Place]:
+        """What each distinct layer is built with."""
+        sizes, shared = (self.d_model, self.num_layers), {}
+        distinct = range(self.distinct_layers or self.num_layers)
+        return [Place(*sizes, depth, self.mixer_kinds(), backend, self.dropout, shared) for depth in distinct]
 
     def notes(self) -> list[str]:
         """Sentences for the log: what defaults were turned into."""

@@ -30,7 +30,8 @@ class BatchContext:
     """Facts about the B rows of a forward pass.
 
     positions_B: int64, the data position of each row. document_ids_BS: equal inside a document; None lets a row be one document.
-    seed and step choose the dropout masks. memory: only where a mixer has memory.
+    seed and step choose the dropout masks. memory: only where a mixer has memory. depth: of the layer that is being computed, which
+    the Transformer sets for each; -1 outside the layers. A layer asks here and not its own place: it may be used at several depths.
     """
 
     positions_B: Tensor
@@ -38,25 +39,30 @@ class BatchContext:
     seed: int
     step: int
     memory: Memory | None = None
+    depth: int = -1
 
-    def num_memory(self, depth: int) -> int:
-        """Positions of memory that come before the row's own in what the mixer at `depth` is given."""
-        return 0 if self.memory is None or depth not in self.memory.states else self.memory.states[depth].shape[1]
+    @property
+    def memory_BMD(self) -> Tensor | None:
+        """The memory of the layer at `depth`, if it has one."""
+        return None if self.memory is None else self.memory.states.get(self.depth)
+
+    @property
+    def num_memory(self) -> int:
+        """Positions of memory that come before the row's own in what the mixer is given."""
+        return 0 if self.memory_BMD is None else self.memory_BMD.shape[1]
 
 
-def dropout(x_BSC: Tensor, context: BatchContext, *, probability: float, site: str, depth: int) -> Tensor:
+def dropout(x_BSC: Tensor, context: BatchContext, *, probability: float, site: str) -> Tensor:
     """Zeroes each element with `probability` and scales the rest by 1 / (1 - probability). Call it only in training."""
     if probability == 0.0:
         return x_BSC
-    keep_BSC = keep_mask(context, x_BSC.shape[1], x_BSC.shape[2], probability=probability, site=site, depth=depth)
+    keep_BSC = keep_mask(context, x_BSC.shape[1], x_BSC.shape[2], probability=probability, site=site)
     return x_BSC * keep_BSC.to(x_BSC.dtype) / (1.0 - probability)
 
 
-def keep_mask(
-    context: BatchContext, length: int, channels: int, *, probability: float, site: str, depth: int
-) -> Tensor:
+def keep_mask(context: BatchContext, length: int, channels: int, *, probability: float, site: str) -> Tensor:
     """bool (B, length, channels), True with chance 1 - probability, by hashing the coordinates of each element."""
-    digest = hashlib.blake2b(f"{context.seed}/{context.step}/{site}/{depth}".encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(f"{context.seed}/{context.step}/{site}/{context.depth}".encode(), digest_size=4).digest()
     key = int.from_bytes(digest, "little")
     positions_B = context.positions_B
     device = positions_B.device
@@ -66,13 +72,13 @@ def keep_mask(
     return element_BSC >= int(probability * (_MASK_32 + 1))
 
 
-def keep_at(context: BatchContext, *coordinates: Tensor, probability: float, site: str, depth: int) -> Tensor:
+def keep_at(context: BatchContext, *coordinates: Tensor, probability: float, site: str) -> Tensor:
     """bool, True with chance 1 - probability, by hashing the given coordinates after the position of each row.
 
     coordinates: integers, also negative ones, whose meaning is the caller's; each broadcastable to the result's shape (B, ...), one
     of them with as many axes. With (offset, channel) of all elements this is `keep_mask`; here single elements can be asked for.
     """
-    digest = hashlib.blake2b(f"{context.seed}/{context.step}/{site}/{depth}".encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(f"{context.seed}/{context.step}/{site}/{context.depth}".encode(), digest_size=4).digest()
     key = int.from_bytes(digest, "little")
     positions = context.positions_B.view(-1, *(1 for _ in range(max(x.ndim for x in coordinates) - 1)))
     state = _mix(_mix((positions & _MASK_32) ^ key) ^ (positions >> 32))

@@ -48,5 +48,5 @@ class Decoder:
         return torch.cat(logits, dim=1)
 
     def _new_cache(self, depth: int) -> Cache:
-        block: Any = self.model.layers[depth]
+        block: Any = self.model.layers[depth % len(self.model.layers)]
         return block.mixer.new_cache(block_length=self.block_length)

@@ -8,15 +8,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.parameters import DeclaringModule, Initializer, ones, zeros
-from model.router import RouterReport
+from model.router import RouterReport, Spread
 
 
 class LayerOutput(NamedTuple):
-    """Result of a mixer or feed-forward: y_BSD; auxiliary losses (0-dim, weights included); reports by router name."""
+    """Result of a mixer or feed-forward; everything after y_BSD is for those that have it.
+
+    auxiliary_losses: 0-dim, weights included. spreads: entropy regularisers, by router; losses only once the repeats of a layer are
+    together. reports: by router. updates: by the name of a state in the layer, what is to be added to it after a training
+    micro-step; a forward pass changes no state itself, because recompute runs it twice. carry_TX: what the next layer's feed-forward
+    is handed (the state of a router that recurs over the depth).
+    """
 
     y_BSD: Tensor
     auxiliary_losses: tuple[Tensor, ...] = ()
+    spreads: Mapping[str, Spread] = MappingProxyType({})
     reports: Mapping[str, RouterReport] = MappingProxyType({})
+    updates: Mapping[str, Tensor] = MappingProxyType({})
+    carry_TX: Tensor | None = None
 
 
 class Linear(DeclaringModule):

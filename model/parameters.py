@@ -56,10 +56,16 @@ class DeclaringModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.specs: dict[str, ParameterSpec] = {}
+        self.states: dict[str, float] = {}
 
     def declare(self, name: str, shape: tuple[int, ...], draw: Initializer) -> None:
         self.specs[name] = ParameterSpec(shape, draw)
         self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
+
+    def declare_state(self, name: str, shape: tuple[int, ...], *, value: float = 0.0) -> None:
+        """A buffer that starts at `value`, is the same on every rank and part of checkpoints, but has no gradient."""
+        self.states[name] = value
+        self.register_buffer(name, torch.empty(shape, device="meta"))
 
 
 class ExpertBank(DeclaringModule):
@@ -131,6 +137,27 @@ def logical_parameters(model: nn.Module) -> Iterator[LogicalParameter]:
             yield LogicalParameter(name, module.specs[attribute], module, attribute)
 
 
+def logical_states(model: nn.Module) -> Iterator[tuple[str, DeclaringModule, str]]:
+    """Path, module and attribute of every declared state, in module order.
+
+    Raises:
+        RuntimeError: a buffer was made without being declared: it would be missing from checkpoints.
+    """
+    for path, module in model.named_modules():
+        for attribute, _ in module.named_buffers(recurse=False):
+            name = f"{path}.{attribute}" if path else attribute
+            if not isinstance(module, DeclaringModule) or attribute not in module.states:
+                raise RuntimeError(
+                    f"every buffer must be declared, but {name} was not: use DeclaringModule.declare_state"
+                )
+            yield name, module, attribute
+
+
+def states_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every state by path: what a checkpoint holds of it."""
+    return {name: getattr(module, attribute) for name, module, attribute in logical_states(model)}
+
+
 def count_parameters(model: nn.Module) -> int:
     """Number of weights in all: every expert once, no padding, whatever this process holds."""
     return sum(math.prod(parameter.spec.shape) for parameter in logical_parameters(model))
@@ -146,16 +173,20 @@ def materialize(
             generator = torch.Generator().manual_seed(_block_seed(seed, parameter.name, block))
             target.copy_(parameter.spec.draw(tuple(target.shape), generator))
         setattr(parameter.module, parameter.attribute, nn.Parameter(values))
+    for _, module, attribute in logical_states(model):
+        shape = getattr(module, attribute).shape
+        setattr(module, attribute, torch.full(shape, module.states[attribute], dtype=dtype, device=device))
 
 
 def fill(model: nn.Module, values: Mapping[str, Tensor], *, device: torch.device | str = "cpu") -> None:
-    """Gives a whole model on the meta device the logical tensors `values` by name, as a checkpoint holds them.
+    """Gives a whole model on the meta device its logical parameters and states, `values` by name, as a checkpoint holds them.
 
     Raises:
         RuntimeError: a name or a shape of the two differs.
     """
     parameters = list(logical_parameters(model))
     shapes = {parameter.name: parameter.spec.shape for parameter in parameters}
+    shapes |= {name: tuple(state.shape) for name, state in states_of(model).items()}
     given = {name: tuple(value.shape) for name, value in values.items()}
     for name in sorted(shapes.keys() | given.keys()):
         if shapes.get(name) != given.get(name):
@@ -165,6 +196,8 @@ def fill(model: nn.Module, values: Mapping[str, Tensor], *, device: torch.device
             )
     for parameter in parameters:
         setattr(parameter.module, parameter.attribute, nn.Parameter(values[parameter.name].to(device)))
+    for name, module, attribute in logical_states(model):
+        setattr(module, attribute, values[name].to(device))
 
 
 def _local_blocks(parameter: LogicalParameter, values: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -4,7 +4,7 @@ Owns the scores, the selection and the entropy regulariser. Does not own what th
 sigma_moe.py) nor how rows travel (dispatch.py). Shape letters: T tokens (B rows of S positions), H heads, E experts per head, K choices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -71,7 +71,7 @@ def choose(
 
 
 def kept_experts(
-    logits_THE: Tensor, context: BatchContext, *, probability: float, site: str, depth: int, num_memory: int = 0
+    logits_THE: Tensor, context: BatchContext, *, probability: float, site: str, num_memory: int = 0
 ) -> Tensor | None:
     """bool (T, H, E), one draw for each token, head and expert, for `choose`; None where nothing is dropped.
 
@@ -82,32 +82,46 @@ def kept_experts(
         return None
     num_tokens, num_heads, num_experts = logits_THE.shape
     length = num_tokens // len(context.positions_B) - num_memory if num_tokens else 0
-    chance = {"probability": probability, "depth": depth}
-    keep_BSX = keep_mask(context, length, num_heads * num_experts, site=site, **chance)
+    keep_BSX = keep_mask(context, length, num_heads * num_experts, probability=probability, site=site)
     if num_memory:
-        memory_BSX = keep_mask(context, num_memory, num_heads * num_experts, site=f"{site}/memory", **chance)
+        memory_BSX = keep_mask(
+            context, num_memory, num_heads * num_experts, probability=probability, site=f"{site}/memory"
+        )
         keep_BSX = torch.cat([memory_BSX, keep_BSX], dim=1)
     return keep_BSX.view(num_tokens, num_heads, num_experts)
 
 
-def negative_entropy(logits_TE: Tensor, statistics: BatchStatistics) -> Tensor:
-    """sum_e p_e log p_e of p = the mean over the micro-step's rows on all ranks of softmax(logits); in [-log E, 0].
+class Spread(NamedTuple):
+    """A router's entropy regulariser: weight * mean over X of sum_e p_e log p_e, which is least where the load is spread evenly.
 
-    sigma-MoE's regulariser before its weight gamma (arXiv 2310.10837): minimising it spreads the load. The mean comes before the
-    entropy, and the softmax is taken although the gate is a sigmoid.
+    probability_XE: mean probabilities, one row for each sequence of this rank, or one row in all if the mean is already over all rows of
+    all ranks. statistics: takes the mean over the sequences of all ranks; None for the one row.
     """
-    mean_E = statistics.mean(logits_TE.softmax(-1))
-    return (mean_E * mean_E.clamp_min(torch.finfo(mean_E.dtype).tiny).log()).sum()
+
+    weight: float
+    probability_XE: Tensor
+    statistics: BatchStatistics | None
 
 
-def sequence_negative_entropy(logits_BSHE: Tensor, statistics: BatchStatistics) -> Tensor:
-    """SwitchHead's optional regulariser before its weight delta (specs of arXiv 2312.07987, section 3); in [-log E, 0].
+def batch_spread(logits_THE: Tensor, statistics: BatchStatistics, *, weight: float) -> Spread:
+    """sigma-MoE's (arXiv 2310.10837): p is the mean over the micro-step's rows on all ranks of softmax(logits), per head.
 
-    The mean over the micro-step's rows on all ranks of sum_e p_e log p_e, where p is a row's mean over positions and heads of
-    softmax(logits).
+    The mean comes before the entropy, and the softmax is taken although the gate is a sigmoid.
     """
-    mean_BE = logits_BSHE.softmax(-1).mean((1, 2))
-    return statistics.mean((mean_BE * mean_BE.clamp_min(torch.finfo(mean_BE.dtype).tiny).log()).sum(-1))
+    return Spread(weight, statistics.mean(logits_THE.softmax(-1)), None)
+
+
+def sequence_spread(logits_BSHE: Tensor, statistics: BatchStatistics, *, weight: float) -> Spread:
+    """SwitchHead's (specs of arXiv 2312.07987, section 3): p is a row's mean over positions and heads of softmax(logits)."""
+    return Spread(weight, logits_BSHE.softmax(-1).mean((1, 2)), statistics)
+
+
+def entropy_loss(repeats: Sequence[Spread]) -> Tensor:
+    """The loss of one router, whose layer was used once for each of `repeats`: their probabilities are averaged first (MoEUT)."""
+    weight, _, statistics = repeats[0]
+    mean_XE = torch.stack([spread.probability_XE for spread in repeats]).mean(0)
+    negative_entropy_X = (mean_XE * mean_XE.clamp_min(torch.finfo(mean_XE.dtype).tiny).log()).sum(-1)
+    return weight * (negative_entropy_X.mean() if statistics is None else statistics.mean(negative_entropy_X))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 Owns the base classes; model/config.py has the sections themselves. Imports no torch: `--help` reads the sections too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -25,7 +25,8 @@ class Section(BaseModel):
 class Place:
     """Where a layer stands. mixers: the kind of every layer's mixer, in order. backend: how grouped_matmul computes.
 
-    dropout: `model.dropout`, for a layer that has a hidden state of its own to drop.
+    dropout: `model.dropout`, for a layer that has a hidden state of its own to drop. shared: one dict for all layers of a model; what
+    several of them use is put there by the first (`place.shared.setdefault(key, module)`) and has the first one's name.
     """
 
     d_model: int
@@ -34,6 +35,7 @@ class Place:
     mixers: tuple[str, ...]
     backend: str
     dropout: float
+    shared: dict[str, "nn.Module"] = field(default_factory=dict)
 
 
 class LayerSection(Section):

@@ -10,13 +10,13 @@ import math
 import torch
 from torch import Tensor
 
-from model.config import SigmaMoEConfig
 from model.context import BatchContext
 from model.dispatch import Dispatcher, LocalDispatcher, Routing
 from model.experts import gated_mlp
+from model.feedforward_config import SigmaMoEConfig
 from model.layer import LayerOutput
 from model.parameters import DeclaringModule, ExpertBank, normal
-from model.router import Choice, Router, choose, kept_experts, negative_entropy, report, sigma_moe_rows
+from model.router import Choice, Router, batch_spread, choose, kept_experts, report, sigma_moe_rows
 from model.section import Place
 from model.statistics import BatchStatistics, LocalStatistics
 
@@ -42,28 +42,29 @@ class SigmaMoE(DeclaringModule):
         up, down = ((d_model, width), normal(std_in)), ((width, d_model), normal(std_out))
         self.experts = ExpertBank(experts, {"up": up, "down": down})
 
-    def forward(self, x_BSD: Tensor, context: BatchContext) -> LayerOutput:
+    def forward(self, x_BSD: Tensor, context: BatchContext, carry_TX: Tensor | None = None) -> LayerOutput:
         batch, length, d_model = x_BSD.shape
         x_TD = x_BSD.reshape(-1, d_model)
 
         # route
         logits_T1E = self.router(x_TD)
         probability = self.config.expert_dropout if self.training else 0.0
-        kept_T1E = kept_experts(logits_T1E, context, probability=probability, site="mlp_expert", depth=self.place.depth)
+        kept_T1E = kept_experts(logits_T1E, context, probability=probability, site="mlp_expert")
         choice = choose(logits_T1E, top_k=self.config.top_k, kept_THE=kept_T1E)
         (exchange,) = self.dispatcher.plan(self._routing(choice))
 
         # dispatch, grouped_matmul twice, combine
         arriving = self.dispatcher.dispatch(exchange, x_TD, label="mlp")
         gathering = self.dispatcher.weights(exchange)
-        auxiliary_losses = ()
+        spreads = {}
         if self.config.entropy_weight > 0:
-            auxiliary_losses = (self.config.entropy_weight * negative_entropy(logits_T1E[:, 0], self.statistics),)
+            spreads["mlp"] = batch_spread(logits_T1E, self.statistics, weight=self.config.entropy_weight)
         (rows_RD, plan), weights = arriving.wait(), gathering.wait()
         partials_PD = gated_mlp(rows_RD, weights["up"], weights["down"], plan, backend=self.place.backend)
         y_TD = self.dispatcher.combine(exchange, partials_PD, label="mlp").wait()
 
-        return LayerOutput(y_TD.view(batch, length, d_model), auxiliary_losses, {"mlp": report(logits_T1E, choice)})
+        reports = {"mlp": report(logits_T1E, choice)}
+        return LayerOutput(y_TD.view(batch, length, d_model), spreads=spreads, reports=reports)
 
     def _routing(self, choice: Choice) -> Routing:
         """Reads the token and writes the token."""

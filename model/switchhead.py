@@ -25,10 +25,11 @@ from model.router import (
     Choice,
     Router,
     RouterReport,
+    Spread,
     choose,
     kept_experts,
     report,
-    sequence_negative_entropy,
+    sequence_spread,
     switchhead_rows,
 )
 from model.section import Place
@@ -36,10 +37,10 @@ from model.statistics import BatchStatistics, LocalStatistics
 
 
 class _Routed(NamedTuple):
-    """The choice for each expert projection; what each router did with the row's own tokens, not with memory, and its losses."""
+    """The choice for each expert projection; what each router did with the row's own tokens, not with memory, and its regulariser."""
 
     choices: Mapping[str, Choice]
-    auxiliary_losses: tuple[Tensor, ...]
+    spreads: Mapping[str, Spread]
     reports: Mapping[str, RouterReport]
 
 
@@ -84,7 +85,7 @@ class SwitchHead(DeclaringModule):
     def forward(self, x_BMD: Tensor, context: BatchContext, cache: KeyValueCache | None = None) -> LayerOutput:
         """x (B, M, D): memory, then the row; y (B, S, D) of the row: sum over heads and O experts of gate * what the head has read."""
         dispatcher, backend, heads = self.dispatcher, self.place.backend, self.config.num_heads
-        x_BSD = x_BMD[:, context.num_memory(self.place.depth) :]
+        x_BSD = x_BMD[:, context.num_memory :]
 
         # route: all routers read the layer's input, so one exchange of counts serves every projection
         routed = self._route(x_BMD, x_BSD, context)
@@ -118,10 +119,10 @@ class SwitchHead(DeclaringModule):
             y_BSD = dispatcher.combine(exchanges["output"], partials_PD, label="output").wait().view(x_BSD.shape)
         else:
             y_BSD = self.get_submodule("output")(mixed_BSX)
-        return LayerOutput(y_BSD, routed.auxiliary_losses, routed.reports)
+        return LayerOutput(y_BSD, spreads=routed.spreads, reports=routed.reports)
 
     def _route(self, x_BMD: Tensor, x_BSD: Tensor, context: BatchContext) -> _Routed:
-        choices, losses, reports = {}, [], {}
+        choices, spreads, reports = {}, {}, {}
         for name in dict.fromkeys(self.router_of.values()):
             projections = [projection for projection, router in self.router_of.items() if router == name]
             router, reads_memory = self.get_submodule(f"{name}_router"), any(p in SOURCE_SIDE for p in projections)
@@ -134,8 +135,8 @@ class SwitchHead(DeclaringModule):
             reports[name] = report(own_logits_THE, Choice(*own))
             if self.config.entropy_weight > 0:
                 logits_BSHE = own_logits_THE.view(*x_BSD.shape[:2], *own_logits_THE.shape[1:])
-                losses.append(self.config.entropy_weight * sequence_negative_entropy(logits_BSHE, self.statistics))
-        return _Routed(choices, tuple(losses), reports)
+                spreads[name] = sequence_spread(logits_BSHE, self.statistics, weight=self.config.entropy_weight)
+        return _Routed(choices, spreads, reports)
 
     def _choose(self, logits_THE: Tensor, context: BatchContext, *, router: str, num_memory: int) -> Choice:
         kept_THE = kept_experts(
@@ -143,7 +144,6 @@ class SwitchHead(DeclaringModule):
             context,
             probability=self.config.expert_dropout if self.training else 0.0,
             site=f"{router}_expert",
-            depth=self.place.depth,
             num_memory=num_memory,
         )
         return choose(logits_THE, top_k=self.config.top_k, kept_THE=kept_THE, gates=self.config.gates)
@@ -199,7 +199,7 @@ class GatedAttention(DeclaringModule):
 
     def forward(self, x_BMD: Tensor, context: BatchContext, cache: KeyValueCache | None = None) -> LayerOutput:
         """x (B, M, D): memory, then the row; y (B, S, D) of the row."""
-        x_BSD = x_BMD[:, context.num_memory(self.place.depth) :]
+        x_BSD = x_BMD[:, context.num_memory :]
         gates_BSH = self.output_router(x_BSD.flatten(0, 1)).sigmoid().view(*x_BSD.shape[:2], self.num_heads)
         heads = (
             split_heads(p(x), self.num_heads) for p, x in ((self.query, x_BSD), (self.key, x_BMD), (self.value, x_BMD))

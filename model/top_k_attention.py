@@ -28,14 +28,13 @@ class AttentionDropout:
 
     context: BatchContext
     probability: float
-    depth: int
     site: str = "attention"
 
     def apply(self, x_BHRK: Tensor, *, query_R: Tensor, key: Tensor) -> Tensor:
         """x, or 0 in its place, over 1 - probability; also what takes gradients back. Offsets in the row, int64; key like x or (K,)."""
         heads = torch.arange(x_BHRK.shape[1], device=x_BHRK.device)
         coordinates = (heads[None, :, None, None], query_R[:, None], key)
-        keep = keep_at(self.context, *coordinates, probability=self.probability, site=self.site, depth=self.depth)
+        keep = keep_at(self.context, *coordinates, probability=self.probability, site=self.site)
         return (x_BHRK * keep).div_(1 - self.probability)
 
 

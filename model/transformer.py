@@ -5,8 +5,9 @@ Owns the order of a block and the residual stream. Does not own the loss (loss.p
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +18,24 @@ from model.config import ModelConfig
 from model.context import BatchContext, dropout
 from model.layer import LayerNorm, LayerOutput, Linear
 from model.parameters import DeclaringModule, normal
-from model.router import RouterReport
+from model.router import RouterReport, entropy_loss
 from model.section import Place
+
+T = TypeVar("T")
 
 
 class ModelOutput(NamedTuple):
-    """logits_BSV; the sum of the layers' auxiliary losses (0-dim; 0 without any); router reports by module path.
+    """logits_BSV; the sum of the layers' auxiliary losses (0-dim; 0 without any); router reports by layer and router.
 
-    layer_inputs: by depth of each layer with memory, the residual stream (B, S, D) that it was given, without gradient.
+    layer_inputs: by depth of each layer with memory, the residual stream (B, S, D) that it was given, without gradient. updates: by
+    name of a state of the model, what is to be added to it after a training micro-step.
     """
 
     logits_BSV: Tensor
     auxiliary_loss: Tensor
     reports: dict[str, RouterReport]
     layer_inputs: dict[int, Tensor]
+    updates: dict[str, Tensor]
 
 
 class Block(DeclaringModule):
@@ -38,34 +43,40 @@ class Block(DeclaringModule):
 
     def __init__(self, config: ModelConfig, place: Place) -> None:
         super().__init__()
-        self.depth = place.depth
         self.dropout = config.dropout
         self.mixer_norm = LayerNorm(config.d_model)
         self.mixer = config.mixer_sections()[place.depth].build(place)
         self.feedforward_norm = LayerNorm(config.d_model)
         self.feedforward = config.feedforward_sections()[place.depth].build(place)
 
-    def forward(self, x_BSD: Tensor, context: BatchContext, cache: Cache | None = None) -> LayerOutput:
+    def forward(
+        self, x_BSD: Tensor, context: BatchContext, cache: Cache | None = None, carry_TX: Tensor | None = None
+    ) -> LayerOutput:
         source_BMD = x_BSD
-        if context.num_memory(self.depth):
-            assert context.memory is not None
-            source_BMD = torch.cat([context.memory.states[self.depth], x_BSD], dim=1)
+        if context.memory_BMD is not None:
+            source_BMD = torch.cat([context.memory_BMD, x_BSD], dim=1)
         mixed = self.mixer(self.mixer_norm(source_BMD), context, cache)
         x_BSD = x_BSD + self._drop(mixed.y_BSD, context, site="mixer")
-        fed = self.feedforward(self.feedforward_norm(x_BSD), context)
+        fed = self.feedforward(self.feedforward_norm(x_BSD), context, carry_TX)
         x_BSD = x_BSD + self._drop(fed.y_BSD, context, site="feedforward")
-        reports = {f"mixer.{name}": report for name, report in mixed.reports.items()}
-        reports |= {f"feedforward.{name}": report for name, report in fed.reports.items()}
-        return LayerOutput(x_BSD, mixed.auxiliary_losses + fed.auxiliary_losses, reports)
+        return LayerOutput(
+            x_BSD,
+            auxiliary_losses=mixed.auxiliary_losses + fed.auxiliary_losses,
+            spreads=_together(mixed.spreads, fed.spreads),
+            reports=_together(mixed.reports, fed.reports),
+            updates=_together(mixed.updates, fed.updates),
+            carry_TX=fed.carry_TX,
+        )
 
     def _drop(self, y_BSD: Tensor, context: BatchContext, *, site: str) -> Tensor:
-        return dropout(y_BSD, context, probability=self.dropout if self.training else 0.0, site=site, depth=self.depth)
+        return dropout(y_BSD, context, probability=self.dropout if self.training else 0.0, site=site)
 
 
 class Transformer(DeclaringModule):
     """A causal language model on the meta device; `model.parameters.materialize` allocates and draws it.
 
-    Input and output embeddings are untied; the output layer has a bias (as in arXiv 2312.07987). `backend` is how grouped_matmul
+    Input and output embeddings are untied; the output layer has a bias (as in arXiv 2312.07987). With `distinct_layers` G the layers
+    0..G-1 are used again and again until the depth is reached, A B A B (MoEUT, arXiv 2405.16039). `backend` is how grouped_matmul
     computes.
     """
 
@@ -77,33 +88,61 @@ class Transformer(DeclaringModule):
         # the output layer's scale is our reading: the papers' specifications do not give it
         draw = normal(1 / math.sqrt(config.d_model))
         self.embedding = Embedding(vocab_size, config.d_model)
-        places = (config.place(depth, backend=backend) for depth in range(config.num_layers))
-        self.layers = nn.ModuleList(Block(config, place) for place in places)
+        self.layers = nn.ModuleList(Block(config, place) for place in config.places(backend=backend))
         self.final_norm = LayerNorm(config.d_model)
         self.output = Linear(config.d_model, vocab_size, draw=draw, bias=True)
 
     def forward(self, tokens_BS: Tensor, context: BatchContext, caches: Sequence[Cache] | None = None) -> ModelOutput:
         """caches: one for each layer, where the tokens come after others (model/decode.py)."""
         x_BSD = self._drop(self.embedding(tokens_BS), context, site="embedding")
-        auxiliary_loss = x_BSD.new_zeros(())
-        reports, layer_inputs = {}, {}
-        for depth, block in enumerate(self.layers):
+        layer_inputs: dict[int, Tensor] = {}
+        outputs: list[LayerOutput] = []
+        carry_TX = None
+        for depth in range(self.config.num_layers):
+            here = replace(context, depth=depth)
             if depth in self.with_memory:
                 layer_inputs[depth] = x_BSD.detach()
+            block = self.layers[depth % len(self.layers)]
             if self.config.recompute and self.training:
-                result = checkpoint(block, x_BSD, context, use_reentrant=False, preserve_rng_state=False)
+                result = checkpoint(block, x_BSD, here, None, carry_TX, use_reentrant=False, preserve_rng_state=False)
             else:
-                result = block(x_BSD, context, None if caches is None else caches[depth])
-            x_BSD = result.y_BSD
-            auxiliary_loss = sum(result.auxiliary_losses, start=auxiliary_loss)
-            reports |= {f"layers.{depth}.{name}": report for name, report in result.reports.items()}
+                result = block(x_BSD, here, None if caches is None else caches[depth], carry_TX)
+            outputs.append(result)
+            x_BSD, carry_TX = result.y_BSD, result.carry_TX
         x_BSD = self._drop(self.final_norm(x_BSD), context, site="final")
-        return ModelOutput(self.output(x_BSD), auxiliary_loss, reports, layer_inputs)
+        return ModelOutput(
+            self.output(x_BSD),
+            auxiliary_loss=self._auxiliary_loss(outputs),
+            reports={f"layers.{d}.{name}": part for d, out in enumerate(outputs) for name, part in out.reports.items()},
+            layer_inputs=layer_inputs,
+            updates=self._updates(outputs),
+        )
+
+    def _auxiliary_loss(self, outputs: Sequence[LayerOutput]) -> Tensor:
+        """Sum of the layers' losses, and of one entropy loss for each router of each distinct layer."""
+        losses = [loss for output in outputs for loss in output.auxiliary_losses]
+        for first in range(len(self.layers)):
+            repeats = outputs[first :: len(self.layers)]
+            losses += [entropy_loss([output.spreads[name] for output in repeats]) for name in repeats[0].spreads]
+        return sum(losses, start=outputs[0].y_BSD.new_zeros(()))
+
+    def _updates(self, outputs: Sequence[LayerOutput]) -> dict[str, Tensor]:
+        """By state of a distinct layer, the sum over its repeats."""
+        total: dict[str, Tensor] = {}
+        for depth, output in enumerate(outputs):
+            for name, update in output.updates.items():
+                path = f"layers.{depth % len(self.layers)}.{name}"
+                total[path] = total[path] + update if path in total else update
+        return total
 
     def _drop(self, x_BSD: Tensor, context: BatchContext, *, site: str) -> Tensor:
-        return dropout(
-            x_BSD, context, probability=self.config.dropout if self.training else 0.0, site=site, depth=-1
-        )  # outside the layers
+        return dropout(x_BSD, context, probability=self.config.dropout if self.training else 0.0, site=site)
+
+
+def _together(of_mixer: Mapping[str, T], of_feedforward: Mapping[str, T]) -> dict[str, T]:
+    """The parts of a block by path in it."""
+    named = {f"mixer.{name}": part for name, part in of_mixer.items()}
+    return named | {f"feedforward.{name}": part for name, part in of_feedforward.items()}
 
 
 class Embedding(DeclaringModule):

@@ -2,7 +2,7 @@
 
 Owns: the processes, the measure and the bar (memory(2 S) / memory(S) <= 2.1 for attention in chunks, with and without top-k). Dense
 softmax, which keeps its S x S matrices, and torch's fused attention stand beside them for comparison and have no bar.
-Called by: anyone, from the root of the clone: `python -m benchmarks.model.bench_top_k_memory`; it exits with 1 if the bar is missed. Linux only.
+Called by: anyone, from the root of the clone: `python -m benchmarks.model.bench_top_k_memory`; it exits with 1 if the bar is missed. Linux.
 """
 
 import argparse

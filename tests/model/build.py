@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import Attention
-from model.config import AttentionConfig, ModelConfig, SigmaMoEConfig, SwitchHeadConfig
+from model.config import AttentionConfig, ModelConfig, SwitchHeadConfig
 from model.context import BatchContext, Memory
 from model.dispatch import LocalDispatcher, Routing
+from model.feedforward_config import SigmaMoEConfig
+from model.layer import LayerOutput
 from model.parameters import materialize
+from model.router import entropy_loss
 from model.section import Place
 from model.sigma_moe import SigmaMoE
 from model.transformer import Transformer
@@ -29,11 +32,11 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def context(
-    positions: int | list[int], *, documents_BS: Tensor | None = None, seed: int = 1, step: int = 0
+    positions: int | list[int], *, documents_BS: Tensor | None = None, seed: int = 1, step: int = 0, depth: int = 0
 ) -> BatchContext:
     """`positions`: the rows' data positions, or how many rows from position 0 on."""
     positions_B = torch.arange(positions) if isinstance(positions, int) else torch.tensor(positions, dtype=torch.int64)
-    return BatchContext(positions_B, documents_BS, seed, step)
+    return BatchContext(positions_B, documents_BS, seed, step, depth=depth)
 
 
 def remembering(
@@ -74,26 +77,26 @@ def place(*mixers: str, d_model: int = 6, depth: int = 0, num_layers: int = 2, d
     return Place(d_model, len(kinds), depth, kinds, "reference", dropout)
 
 
-def switchhead(*, d_model: int = 6, depth: int = 0, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
+def switchhead(*, d_model: int = 6, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """In evaluation mode. head_dim 10: half of it is odd, so the rotated width must be rounded down."""
     settings = {"num_heads": 2, "head_dim": 10, "num_experts": 3, "top_k": 2} | settings
-    layer = SwitchHeadConfig(**settings).build(place("switchhead", d_model=d_model, depth=depth))
+    layer = SwitchHeadConfig(**settings).build(place("switchhead", d_model=d_model))
     materialize(layer, seed=5, dtype=dtype)
     return layer.eval()
 
 
-def sigma_moe(*, d_model: int = 6, depth: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> Any:
+def sigma_moe(*, d_model: int = 6, dtype: torch.dtype = torch.float64, **sizes: Any) -> Any:
     """In evaluation mode."""
     sizes = {"num_experts": 5, "expert_dim": 4, "top_k": 2} | sizes
-    layer = SigmaMoE(SigmaMoEConfig(**sizes), place("switchhead", d_model=d_model, depth=depth))
+    layer = SigmaMoE(SigmaMoEConfig(**sizes), place("switchhead", d_model=d_model))
     materialize(layer, seed=5, dtype=dtype)
     return layer.eval()
 
 
-def attention(*, d_model: int = 6, depth: int = 0, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
+def attention(*, d_model: int = 6, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """In evaluation mode, with Transformer-XL's biases and scale off their initial values."""
     settings = {"num_heads": 2, "head_dim": 10} | settings
-    layer = Attention(AttentionConfig(**settings), place("attention", d_model=d_model, depth=depth))
+    layer = Attention(AttentionConfig(**settings), place("attention", d_model=d_model))
     materialize(layer, seed=5, dtype=dtype)
     if layer.attend.relative is not None:
         with torch.no_grad():
@@ -226,10 +229,15 @@ def gradients_agree(layer: nn.Module, x_BSD: Tensor, facts: BatchContext, *, fas
 
     def forward(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         result = torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x, facts))
-        return (result.y_BSD, *result.auxiliary_losses)
+        return (result.y_BSD, *losses_of(result))
 
     leaves = [value.detach().clone().requires_grad_() for value in (x_BSD, *values)]
     return torch.autograd.gradcheck(forward, leaves, fast_mode=fast)
+
+
+def losses_of(result: LayerOutput) -> tuple[Tensor, ...]:
+    """All auxiliary losses of a layer that is used once."""
+    return (*result.auxiliary_losses, *(entropy_loss([spread]) for spread in result.spreads.values()))
 
 
 class Recorded:

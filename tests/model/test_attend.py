@@ -19,6 +19,7 @@ from tests.model.build import (
     context,
     decoded,
     gradients_agree,
+    losses_of,
     model_config,
     normal,
     remembering,
@@ -210,7 +211,7 @@ def test_a_rank_without_rows_takes_part_and_gives_none(kind: str, form: str):
     for length, facts in ((5, context([])), (9, remembering(0, 4))):
         layer.zero_grad()
         result = layer(torch.zeros(0, length, 6, dtype=torch.float64, requires_grad=True), facts)
-        (result.y_BSD.sum() + sum(result.auxiliary_losses)).backward()
+        (result.y_BSD.sum() + sum(losses_of(result))).backward()
         assert result.y_BSD.shape == (0, 5, 6)
         assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.model import by_hand
-from tests.model.build import attention, attention_weights, context, decoded, gradients_agree, normal
+from tests.model.build import attention, attention_weights, context, decoded, gradients_agree, losses_of, normal
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
@@ -40,7 +40,7 @@ def test_gradients_of_grouped_heads_equal_finite_differences():
 
 def test_the_layer_has_no_auxiliary_loss_and_no_reports():
     result = attention()(normal(1, 3, 6), context(1))
-    assert result.auxiliary_losses == ()
+    assert losses_of(result) == ()
     assert result.reports == {}
 
 

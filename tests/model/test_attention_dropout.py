@@ -62,7 +62,7 @@ def test_attention_dropout_acts_in_training_only_and_by_step_depth_and_row(kind:
     for other in (
         layer(x, context(4, step=1)),
         layer(x, context([4, 5, 6, 7])),
-        dropping(kind, positions=positions, depth=1)(x, context(4)),
+        layer(x, context(4, depth=1)),
         KINDS[kind](positions=positions)(x, context(4)),
     ):
         assert not torch.allclose(other.y_BSD, y)

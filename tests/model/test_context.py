@@ -15,7 +15,7 @@ PINNED_MASK = ["11100010", "11010011", "00010110", "10100110", "00100101", "0110
 
 
 def mask(facts: BatchContext, *, probability: float = 0.5, site: str = "mixer", depth: int = 0, length: int = SIZE) -> Tensor:  # fmt: skip
-    return keep_mask(facts, length, SIZE, probability=probability, site=site, depth=depth)
+    return keep_mask(replace(facts, depth=depth), length, SIZE, probability=probability, site=site)
 
 
 def correlation(first: Tensor, second: Tensor) -> float:
@@ -73,14 +73,14 @@ def test_a_shorter_row_has_the_beginning_of_the_longer_rows_mask():
 
 def test_masks_are_what_they_were_in_every_earlier_version():
     """A run resumed by a later version must drop the same elements. From the hash of the coordinates in exact integers."""
-    facts = context([0, 7, 2**32 + 7], seed=3, step=11)
-    kept = keep_mask(facts, 2, 8, probability=0.5, site="mixer", depth=4)
+    facts = context([0, 7, 2**32 + 7], seed=3, step=11, depth=4)
+    kept = keep_mask(facts, 2, 8, probability=0.5, site="mixer")
     assert ["".join(str(int(bit)) for bit in row) for row in kept.flatten(0, 1)] == PINNED_MASK
 
 
 def test_dropout_zeroes_or_scales_and_its_gradient_does_the_same():
     x = normal(4, 5, SIZE).requires_grad_()
-    y = dropout(x, context(4), probability=0.2, site="mixer", depth=0)
+    y = dropout(x, context(4), probability=0.2, site="mixer")
     kept = mask(context(4), probability=0.2, length=5)
     torch.testing.assert_close(y, torch.where(kept, x / 0.8, 0.0), rtol=1e-15, atol=0)
     y.sum().backward()
@@ -88,18 +88,18 @@ def test_dropout_zeroes_or_scales_and_its_gradient_does_the_same():
 
 
 def test_dropout_keeps_the_mean():
-    y = dropout(torch.ones(SIZE, SIZE, SIZE), context(SIZE), probability=0.2, site="mixer", depth=0)
+    y = dropout(torch.ones(SIZE, SIZE, SIZE), context(SIZE), probability=0.2, site="mixer")
     assert abs(y.mean() - 1) < 5 * (0.2 / 0.8) ** 0.5 / SIZE**1.5
 
 
 def test_dropout_with_probability_zero_is_the_input_itself():
     x = normal(2, 3, 4)
-    assert dropout(x, context(2), probability=0.0, site="mixer", depth=0) is x
+    assert dropout(x, context(2), probability=0.0, site="mixer") is x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_keeps_the_dtype(dtype: torch.dtype):
-    assert dropout(torch.ones(2, 3, 4, dtype=dtype), context(2), probability=0.1, site="mixer", depth=0).dtype == dtype
+    assert dropout(torch.ones(2, 3, 4, dtype=dtype), context(2), probability=0.1, site="mixer").dtype == dtype
 
 
 def test_a_context_never_changes():

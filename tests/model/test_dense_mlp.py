@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from model.config import DenseMLPConfig
 from model.dense_mlp import DenseMLP
+from model.feedforward_config import DenseMLPConfig
 from model.parameters import materialize
 from tests.model.build import context, gradients_agree, normal, place
 

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from model.parameters import materialize
-from model.router import Router, choose, kept_experts, negative_entropy, sigma_moe_rows, switchhead_rows
+from model.router import Router, batch_spread, choose, entropy_loss, kept_experts, sigma_moe_rows, switchhead_rows
 from model.statistics import LocalStatistics
 from tests.model import by_hand
 from tests.model.build import context, normal
 
 
 def entropy(logits_TE: Tensor) -> Tensor:
-    return negative_entropy(logits_TE, LocalStatistics())
+    return entropy_loss([batch_spread(logits_TE[:, None], LocalStatistics(), weight=1.0)])
 
 
 def rows_before_and_after(draw, *, std: float, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def test_dropped_experts_are_ranked_last_and_a_forced_pick_keeps_its_own_gate(ke
 
 def test_the_expert_mask_draws_for_each_token_head_and_expert():
     logits = torch.zeros(2 * 600, 3, 5)
-    kept = kept_experts(logits, context([4, 2**33]), probability=0.2, site="value_expert", depth=1)
+    kept = kept_experts(logits, context([4, 2**33]), probability=0.2, site="value_expert")
     assert kept is not None
     kept = kept.double()
     assert kept.shape == (1200, 3, 5)
@@ -89,7 +89,7 @@ def test_the_expert_mask_draws_for_each_token_head_and_expert():
 
 
 def test_memory_has_masks_of_its_own_and_leaves_those_of_the_row_alone():
-    at = {"probability": 0.5, "site": "value_expert", "depth": 1}
+    at = {"probability": 0.5, "site": "value_expert"}
     alone = kept_experts(torch.zeros(2 * 30, 3, 5), context([4, 9]), **at)
     both = kept_experts(torch.zeros(2 * 60, 3, 5), context([4, 9]), **at, num_memory=30)
     assert alone is not None
@@ -100,7 +100,7 @@ def test_memory_has_masks_of_its_own_and_leaves_those_of_the_row_alone():
 
 
 def test_a_rank_without_rows_has_no_masks_also_with_memory():
-    kept = kept_experts(torch.zeros(0, 3, 5), context([]), probability=0.5, site="x", depth=0, num_memory=4)
+    kept = kept_experts(torch.zeros(0, 3, 5), context([]), probability=0.5, site="x", num_memory=4)
     assert kept is not None
     assert kept.shape == (0, 3, 5)
 

@@ -11,6 +11,7 @@ from tests.model.build import (
     Recorded,
     context,
     gradients_agree,
+    losses_of,
     normal,
     set_logits,
     sigma_moe,
@@ -57,7 +58,7 @@ def logit_gradients(entropy_weight: float) -> tuple[Tensor, Tensor]:
     logits = Recorded(layer.router)
     result = layer(x, context(2))
     loss = (result.y_BSD * normal(2, 6, 6, seed=3)).sum()
-    torch.stack([loss, *result.auxiliary_losses]).sum().backward()
+    torch.stack([loss, *losses_of(result)]).sum().backward()
     return logits.last[:, 0], logits.last_gradient[:, 0]
 
 
@@ -91,21 +92,21 @@ def test_gradients_of_input_router_and_banks_equal_finite_differences_while_the_
 def test_the_auxiliary_loss_is_the_weighted_negative_entropy_of_the_mean_router_distribution():
     layer, x = sigma_moe(entropy_weight=0.3), normal(2, 6, 6)
     logits_TE = x.flatten(0, 1) @ layer.router.weight.detach().T
-    (loss,) = layer(x, context(2)).auxiliary_losses
+    (loss,) = losses_of(layer(x, context(2)))
     assert loss.item() == pytest.approx(0.3 * by_hand.negative_entropy(logits_TE), rel=1e-13)
 
 
 def test_a_zero_router_has_the_lowest_auxiliary_loss():
     layer, x = sigma_moe(entropy_weight=0.3), normal(2, 6, 6)
     set_logits(layer.router, 0.0)
-    (loss,) = layer(x, context(2)).auxiliary_losses
+    (loss,) = losses_of(layer(x, context(2)))
     assert loss.item() == pytest.approx(-0.3 * math.log(5), rel=1e-15)
 
 
 def test_weight_zero_takes_no_statistics():
     layer = sigma_moe(entropy_weight=0.0)
     layer.statistics = None  # type: ignore[assignment]
-    assert layer(normal(1, 3, 6), context(1)).auxiliary_losses == ()
+    assert losses_of(layer(normal(1, 3, 6), context(1))) == ()
 
 
 def test_the_mean_is_taken_by_the_statistics_that_the_layer_was_handed():
@@ -122,13 +123,13 @@ def test_the_mean_is_taken_by_the_statistics_that_the_layer_was_handed():
     layer, x = sigma_moe(entropy_weight=1.0), normal(2, 6, 6)
     set_logits(layer.router, 0.0)
     layer.statistics = OneSided()
-    (loss,) = layer(x, context(2)).auxiliary_losses
+    (loss,) = losses_of(layer(x, context(2)))
     assert loss.item() == pytest.approx(0.6 * math.log(0.6) + 0.4 * math.log(0.1), rel=1e-13)
 
 
 def test_the_entropy_term_sees_every_expert_whatever_expert_dropout_leaves_out():
     plain, dropping, x = sigma_moe(), sigma_moe(expert_dropout=0.5).train(), normal(2, 6, 6)
-    assert torch.equal(*(layer(x, context(2)).auxiliary_losses[0] for layer in (plain, dropping)))
+    assert torch.equal(*(losses_of(layer(x, context(2)))[0] for layer in (plain, dropping)))
 
 
 def test_evaluation_is_deterministic_and_free_of_expert_dropout():
@@ -157,7 +158,7 @@ def test_expert_dropout_changes_the_ranking_only():
 def test_with_fewer_survivors_than_k_everything_stays_finite():
     layer, x = sigma_moe(expert_dropout=0.9).train(), normal(2, 6, 6)
     result = layer(x, context(2))
-    (result.y_BSD.sum() + result.auxiliary_losses[0]).backward()
+    (result.y_BSD.sum() + losses_of(result)[0]).backward()
     assert result.y_BSD.isfinite().all()
     assert all(value.grad is not None and value.grad.isfinite().all() for value in layer.parameters())
 
@@ -170,8 +171,7 @@ def test_expert_masks_do_not_depend_on_the_batch_and_do_on_step_and_depth():
     torch.testing.assert_close(shuffled, together[order], rtol=0, atol=1e-13)
     alone = [layer(x[i : i + 1], context(positions[i : i + 1])).y_BSD[0] for i in range(4)]
     torch.testing.assert_close(torch.stack(alone), together, rtol=0, atol=1e-13)
-    deeper = sigma_moe(expert_dropout=0.5, depth=1).train()
-    for other in (layer(x, context(positions, step=1)), deeper(x, context(positions))):
+    for other in (layer(x, context(positions, step=1)), layer(x, context(positions, depth=1))):
         assert not torch.allclose(other.y_BSD, together)
 
 
@@ -193,8 +193,8 @@ def test_under_bfloat16_autocast_the_router_the_entropy_the_weights_and_the_grad
     torch.testing.assert_close(narrow.y_BSD.float(), plain.y_BSD, rtol=0, atol=0.02 * plain.y_BSD.abs().max().item())
     assert logits.last.dtype == torch.float32
     assert torch.equal(*logits.outputs)
-    assert torch.equal(plain.auxiliary_losses[0], narrow.auxiliary_losses[0])
-    (narrow.y_BSD.float().square().sum() + narrow.auxiliary_losses[0]).backward()
+    assert torch.equal(losses_of(plain)[0], losses_of(narrow)[0])
+    (narrow.y_BSD.float().square().sum() + losses_of(narrow)[0]).backward()
     for value in layer.parameters():
         assert value.dtype == torch.float32
         assert value.grad is not None
@@ -205,6 +205,6 @@ def test_under_bfloat16_autocast_the_router_the_entropy_the_weights_and_the_grad
 def test_a_rank_without_rows_takes_part_and_gives_none() -> None:
     layer, x = sigma_moe(expert_dropout=0.5).train(), torch.zeros(0, 5, 6, dtype=torch.float64, requires_grad=True)
     result = layer(x, context([]))
-    (result.y_BSD.sum() + sum(result.auxiliary_losses)).backward()
+    (result.y_BSD.sum() + sum(losses_of(result))).backward()
     assert result.y_BSD.shape == (0, 5, 6)
     assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())

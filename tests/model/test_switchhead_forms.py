@@ -17,6 +17,7 @@ from tests.model.build import (
     context,
     dense_attention,
     gradients_agree,
+    losses_of,
     normal,
     remembering,
     set_logits,
@@ -170,7 +171,7 @@ def test_the_two_readings_of_one_expert_are_what_the_settings_build():
         assert set(routers(both)) == {"value", "output"}
     assert gated().output_router.weight.shape == (2, 6)
     result = gated()(normal(1, 3, 6), context(1))
-    assert (result.auxiliary_losses, dict(result.reports)) == ((), {})
+    assert (losses_of(result), dict(result.reports)) == ((), {})
 
 
 def test_one_gated_output_with_memory_and_with_bfloat16():
@@ -191,7 +192,7 @@ def test_the_regulariser_is_the_mean_over_rows_of_the_negative_entropy_over_toke
 ):
     """One term for each router, of the row's own tokens: memory was counted when it was a row."""
     layer, x = form("qkvo", entropy_weight=0.3, routers=sharing), 4 * normal(2, num_memory + 5, 6)
-    losses = layer(x, remembering(2, num_memory) if num_memory else context(2)).auxiliary_losses
+    losses = losses_of(layer(x, remembering(2, num_memory) if num_memory else context(2)))
     assert len(losses) == len(routers(layer))
     for loss, router in zip(losses, routers(layer).values(), strict=True):
         logits = (x[:, num_memory:] @ router.weight.detach().T).unflatten(2, (2, 3))
@@ -207,7 +208,7 @@ def test_the_regulariser_has_its_exact_values(logits: list[float], expected: flo
     layer, x = form(entropy_weight=0.5), with_constant_channel(normal(2, 5, 6))
     for router in routers(layer).values():
         set_logits(router, torch.tensor(logits).double())
-    for loss in layer(x, context(2)).auxiliary_losses:
+    for loss in losses_of(layer(x, context(2))):
         assert loss.item() == pytest.approx(0.5 * expected, rel=1e-12, abs=1e-12)
 
 
@@ -220,7 +221,7 @@ def test_the_regulariser_is_a_mean_over_rows_not_a_mean_before_the_entropy():
             router.weight.zero_()
             router.weight[[0, 3], 0] = 1.0
             router.weight[[1, 4], 1] = 1.0
-    assert [loss.item() for loss in layer(x, context(2)).auxiliary_losses] == pytest.approx([0.0, 0.0], abs=1e-12)
+    assert [loss.item() for loss in losses_of(layer(x, context(2)))] == pytest.approx([0.0, 0.0], abs=1e-12)
 
 
 @pytest.mark.parametrize("num_memory", [0, 3])

@@ -22,7 +22,7 @@ def test_invariant_8_gradients_equal_finite_differences_over_three_chunks_also_w
     top_k, relative, probability
 ):
     mask = causal(5, 2)
-    drop = AttentionDropout(context(1), probability=probability, depth=0)
+    drop = AttentionDropout(context(1), probability=probability)
     inputs = operands(mask, relative=relative, batch=1, heads=1)
     assert torch.autograd.gradcheck(lambda *x: attend(list(x), mask, top_k=top_k, chunk=2, drop=drop), inputs)
 
@@ -31,7 +31,7 @@ def keep_by_coordinates(drop: AttentionDropout, mask: KeyMask, batch: int, heads
     """Element by element, as the module says: row, head, offset of the query, offset of the key."""
     where = [torch.arange(n) for n in (heads, mask.num_queries, mask.num_keys)]
     keep = torch.zeros(batch, *(len(x) for x in where), dtype=torch.bool)
-    place = {"probability": drop.probability, "site": drop.site, "depth": drop.depth}
+    place = {"probability": drop.probability, "site": drop.site}
     for h, i, j in torch.cartesian_prod(*where).tolist():
         coordinates = (h, i, j - (mask.num_keys - mask.num_queries))
         keep[:, h, i, j] = keep_at(drop.context, *(torch.tensor([x]) for x in coordinates), **place)
@@ -42,7 +42,7 @@ def keep_by_coordinates(drop: AttentionDropout, mask: KeyMask, batch: int, heads
 @pytest.mark.parametrize("chunk", [9, 4, 1])
 def test_dropout_is_a_function_of_coordinates_and_the_same_in_every_chunk(top_k, chunk):
     mask = causal(5, 4)
-    drop = AttentionDropout(context([3, 2**40]), probability=0.4, depth=1)
+    drop = AttentionDropout(context([3, 2**40], depth=1), probability=0.4)
     inputs = operands(mask, relative=True)
     factor = keep_by_coordinates(drop, mask, 2, 2) / torch.tensor(0.6, dtype=torch.float64)
     expected = dense(inputs, mask, top_k=top_k, factor=factor)
@@ -51,7 +51,7 @@ def test_dropout_is_a_function_of_coordinates_and_the_same_in_every_chunk(top_k,
 
 def test_two_calls_before_backward_and_recompute_keep_their_own_dropout():
     mask, inputs = causal(12), operands(causal(12))
-    first, second = (AttentionDropout(context(2, step=step), probability=0.4, depth=0) for step in (0, 1))
+    first, second = (AttentionDropout(context(2, step=step), probability=0.4) for step in (0, 1))
     run = [lambda *x, drop=drop: attend(list(x), mask, top_k=3, drop=drop) for drop in (first, second)]
     alone = [torch.autograd.grad(call(*inputs).square().sum(), inputs) for call in run]
     assert not torch.allclose(alone[0][2], alone[1][2])
@@ -67,7 +67,7 @@ def test_two_calls_before_backward_and_recompute_keep_their_own_dropout():
 def test_dropout_keeps_its_share_of_the_weights_and_scales_them():
     mask = causal(64)
     q, k, _ = (x.detach() for x in operands(mask))
-    drop = AttentionDropout(context(2), probability=0.25, depth=0)
+    drop = AttentionDropout(context(2), probability=0.25)
     plain, dropped = (weights_of(q, k, mask, top_k=40, drop=x) for x in (None, drop))
     kept = dropped[plain > 0] > 0
     assert abs(kept.double().mean() - 0.75) < 5 * (0.75 * 0.25 / kept.numel()) ** 0.5
@@ -75,7 +75,7 @@ def test_dropout_keeps_its_share_of_the_weights_and_scales_them():
 
 
 def test_keep_at_all_offsets_and_channels_is_the_keep_mask():
-    facts, place = context([0, 7, 2**33]), {"probability": 0.3, "site": "mixer", "depth": 4}
+    facts, place = context([0, 7, 2**33], depth=4), {"probability": 0.3, "site": "mixer"}
     offset, channel = torch.arange(6)[None, :, None], torch.arange(9, dtype=torch.int32)
     assert torch.equal(keep_at(facts, offset, channel, **place), keep_mask(facts, 6, 9, **place))
 
@@ -97,7 +97,7 @@ def memory_of(length: int, **settings: Any) -> tuple[int, int, set[torch.dtype]]
     """(elements of the largest tensor of forward and backward, bytes kept for backward, their dtypes), in float32."""
     mask = causal(length)
     inputs = [x.float().detach().requires_grad_() for x in operands(mask, relative=True, batch=1)]
-    drop = AttentionDropout(context(1), probability=0.1, depth=0)
+    drop = AttentionDropout(context(1), probability=0.1)
     saved: list[Tensor] = []
 
     def note(x: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def test_a_second_derivative_is_an_error():
 def test_the_same_call_gives_the_same_bits():
     mask = causal(37)
     inputs = [x.float().detach().requires_grad_() for x in operands(mask, relative=True)]
-    drop = AttentionDropout(context(2), probability=0.2, depth=0)
+    drop = AttentionDropout(context(2), probability=0.2)
     results = []
     for _ in range(2):
         y = attend(inputs, mask, top_k=8, drop=drop)

@@ -162,9 +162,9 @@ def test_no_two_dropouts_of_a_forward_share_their_mask(monkeypatch: pytest.Monke
     """Seen through the keys: site and depth, with seed and step, are all that tells one mask from another."""
     drawn: list[tuple[str, int, float]] = []
 
-    def recording(facts: BatchContext, length: int, channels: int, *, probability: float, site: str, depth: int) -> Tensor:  # fmt: skip
-        drawn.append((site, depth, probability))
-        return keep_mask(facts, length, channels, probability=probability, site=site, depth=depth)
+    def recording(facts: BatchContext, length: int, channels: int, *, probability: float, site: str) -> Tensor:
+        drawn.append((site, facts.depth, probability))
+        return keep_mask(facts, length, channels, probability=probability, site=site)
 
     monkeypatch.setattr(model.context, "keep_mask", recording)
     monkeypatch.setattr(model.router, "keep_mask", recording)

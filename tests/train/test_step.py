@@ -37,7 +37,7 @@ class TableEngine:
         self.documents.append(context.document_ids_BS)
         counts = torch.bincount(tokens_BS.flatten(), minlength=3).float()
         report = RouterReport(counts, counts / 2, torch.tensor(float(tokens_BS.numel())))
-        return ModelOutput(self.table[tokens_BS], self.table.sum() * 0 - 0.25, {"mlp": report}, {})
+        return ModelOutput(self.table[tokens_BS], self.table.sum() * 0 - 0.25, {"mlp": report}, {}, {})
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.losses.append((loss.item(), last))

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.hsm.config import HSMConfig
-from tests.model.build import context, gradients_agree, normal, place
+from tests.model.build import context, gradients_agree, losses_of, normal, place
 from tests.model.hsm import by_hand
 from tests.model.hsm.build import ALL, OWN_SHIFTS, VARIANTS, WIDTH, Stack, hsm, stack, stirred
 
@@ -57,7 +57,7 @@ def test_the_layer_equals_its_equations_position_by_position(
             documents=None if documents is None else documents[row].tolist(),
         )
         torch.testing.assert_close(result.y_BSD[row], expected, rtol=0, atol=1e-12)
-    assert result.auxiliary_losses == ()
+    assert losses_of(result) == ()
     assert dict(result.reports) == {}
 
 
