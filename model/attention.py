@@ -37,11 +37,17 @@ class Attention(DeclaringModule):
     def new_cache(self, *, block_length: int) -> KeyValueCache:
         return self.attend.new_cache(block_length=block_length)
 
-    def forward(self, x_BMD: Tensor, context: BatchContext, cache: KeyValueCache | None = None) -> LayerOutput:
-        """x (B, M, D): memory, then the row; y (B, S, D) of the row."""
+    def forward(
+        self,
+        x_BMD: Tensor,
+        context: BatchContext,
+        cache: KeyValueCache | None = None,
+        raw_BMD: Tensor | None = None,
+    ) -> LayerOutput:
+        """x (B, M, D): memory, then the row; y (B, S, D) of the row. V reads raw instead where it is given."""
         x_BSD = x_BMD[:, context.num_memory :]
         q_BHSC = split_heads(self.query(x_BSD), self.num_heads)
         k_BGMC = split_heads(self.key(x_BMD), self.num_kv_heads)
-        v_BGMC = split_heads(self.value(x_BMD), self.num_kv_heads)
+        v_BGMC = split_heads(self.value(x_BMD if raw_BMD is None else raw_BMD), self.num_kv_heads)
         mixed_BHSC = self.attend(q_BHSC, k_BGMC, v_BGMC, context, cache)
         return LayerOutput(self.output(merge_heads(mixed_BHSC)))

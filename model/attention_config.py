@@ -4,7 +4,7 @@ Owns the fields and the checks inside one section. Does not own the attention it
 those and, through model/config.py, by everything that reads a config. Imports no torch.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +12,8 @@ from model.section import MixerSection, Place, Probability, RoutedSection, Size
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from model.cost import Cost
 
 DEFAULT_CHUNK = 1024  # the knee of memory against time in arXiv 2106.06899's benchmark of chunk sizes
 
@@ -22,6 +24,8 @@ SOURCE_SIDE, DESTINATION_SIDE = ("value", "key"), ("output", "query")
 
 class AttendSection(MixerSection):
     """What every softmax attention has: heads, positions, memory, and how queries meet keys (model/attend.py)."""
+
+    reads_raw: ClassVar[bool] = True
 
     num_heads: Size
     head_dim: Size
@@ -123,6 +127,11 @@ class AttentionConfig(AttendSection):
 
         return Attention(self, place)
 
+    def cost(self, place: Place, *, length: int) -> "Cost":
+        from model.attention_cost import attention_cost
+
+        return attention_cost(self, d_model=place.d_model, length=length)
+
 
 class SwitchHeadConfig(RoutedSection, AttendSection):
     """SwitchHead attention: V and O projections, or others, are experts, per head (arXiv 2312.07987)."""
@@ -144,6 +153,9 @@ class SwitchHeadConfig(RoutedSection, AttendSection):
     entropy_weight: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0, description="of the entropy regulariser, one term for each router"
     )
+    entropy_per_head: bool = Field(
+        default=False, description="the regulariser looks at each head by itself (MoEUT), not at the mean over heads"
+    )
 
     @model_validator(mode="after")
     def _check_experts(self) -> Self:
@@ -153,6 +165,11 @@ class SwitchHeadConfig(RoutedSection, AttendSection):
             raise ValueError(
                 f"gates softmax needs a top_k of at least 2, but gates is {self.gates} and top_k is {self.top_k}, a gate of always 1 from "
                 "which no router learns: raise top_k or set gates to sigmoid"
+            )
+        if self.entropy_per_head and self.entropy_weight == 0:
+            raise ValueError(
+                f"entropy_per_head is about the regulariser, but it is {self.entropy_per_head} and entropy_weight is "
+                f"{self.entropy_weight}: set entropy_weight above 0 or entropy_per_head to false"
             )
         if self.entropy_weight > 0 and self.num_experts == 1:
             raise ValueError(
@@ -198,3 +215,9 @@ class SwitchHeadConfig(RoutedSection, AttendSection):
 
     def expert_widths(self, d_model: int) -> set[int]:
         return set() if self.single_expert == "gate_output" else {d_model, self.head_dim}
+
+    def cost(self, place: Place, *, length: int) -> "Cost":
+        from model.attention_cost import gated_attention_cost, switchhead_cost
+
+        of_kind = gated_attention_cost if self.single_expert == "gate_output" else switchhead_cost
+        return of_kind(self, d_model=place.d_model, length=length)

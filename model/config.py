@@ -45,6 +45,10 @@ class ModelConfig(Section):
     hsm: HSMConfig | None = None
     sigma_moe: SigmaMoEConfig | None = None
     dense_mlp: DenseMLPConfig | None = None
+    norm: Literal["pre", "peri"] = Field(
+        default="pre",
+        description="pre: mixer and feed-forward read the normalised input; peri: only Q, K and routers do (MoEUT)",
+    )
     distinct_layers: Size | None = Field(
         default=None, description="layers with weights of their own, used again over the depth, A B A B; null: all"
     )
@@ -86,6 +90,16 @@ class ModelConfig(Section):
                 raise ValueError(
                     f"{name} must not be longer than the depth, but it has {len(pattern)} entries and num_layers is {self.num_layers}: "
                     f"shorten {name} or raise num_layers"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _the_norm_fits(self) -> Self:
+        for name in (*self.mixers, *self.feedforwards):
+            if self.norm == "peri" and not getattr(self, name).reads_raw:
+                raise ValueError(
+                    f"peri normalises only what Q, K and routers read, but norm is peri and {name} has none of these or no such form: "
+                    "set norm to pre, or use attention or switchhead with sigma_moe"
                 )
         return self
 

@@ -62,14 +62,36 @@ def dropout(x_BSC: Tensor, context: BatchContext, *, probability: float, site: s
 
 def keep_mask(context: BatchContext, length: int, channels: int, *, probability: float, site: str) -> Tensor:
     """bool (B, length, channels), True with chance 1 - probability, by hashing the coordinates of each element."""
+    tokens_BS = token_hashes(context, length, site=site)
+    return keep_channels(tokens_BS, channels, probability=probability)
+
+
+def token_hashes(context: BatchContext, length: int, *, site: str) -> Tensor:
+    """int64 (B, length) in [0, 2**32): of each token. A mask that is made where the context is not known can start from it."""
     digest = hashlib.blake2b(f"{context.seed}/{context.step}/{site}/{context.depth}".encode(), digest_size=4).digest()
     key = int.from_bytes(digest, "little")
     positions_B = context.positions_B
-    device = positions_B.device
     row_B = _mix(_mix((positions_B & _MASK_32) ^ key) ^ (positions_B >> 32))
-    offset_BS = _mix(row_B[:, None] ^ _mix(torch.arange(length, device=device)))
-    element_BSC = _mix(offset_BS[:, :, None] ^ _mix(torch.arange(channels, device=device) + _MASK_32 // 2))
-    return element_BSC >= int(probability * (_MASK_32 + 1))
+    return _mix(row_B[:, None] ^ _mix(torch.arange(length, device=positions_B.device)))
+
+
+def hash_with(hashes: Tensor, coordinate: Tensor) -> Tensor:
+    """int64 in [0, 2**32): hashes with one more coordinate, an integer."""
+    return _mix(hashes ^ _mix(coordinate.long() + _MASK_32 // 2))
+
+
+def keep_channels(hashes: Tensor, channels: int, *, probability: float) -> Tensor:
+    """bool (..., channels), True with chance 1 - probability, for each channel of each hash."""
+    return hash_with(hashes[..., None], torch.arange(channels, device=hashes.device)) >= int(
+        probability * (_MASK_32 + 1)
+    )
+
+
+def gaussian_noise(context: BatchContext, length: int, channels: int, *, site: str) -> Tensor:
+    """float32 (B, length, channels), standard normal: the inverse of its distribution function at the hash of each element."""
+    tokens_BS = token_hashes(context, length, site=site)
+    hash_BSC = hash_with(tokens_BS[..., None], torch.arange(channels, device=tokens_BS.device))
+    return torch.special.ndtri((hash_BSC.double() + 0.5) / (_MASK_32 + 1)).float()
 
 
 def keep_at(context: BatchContext, *coordinates: Tensor, probability: float, site: str) -> Tensor:

@@ -4,7 +4,7 @@ Owns the fields and the checks inside one section. Does not own the layers (sigm
 model/config.py, by everything that reads a config. Imports no torch.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 class SigmaMoEConfig(RoutedSection, FeedForwardSection):
     """sigma-MoE feed-forward: sigmoid gates, ReLU experts (arXiv 2310.10837)."""
+
+    reads_raw: ClassVar[bool] = True
 
     expert_dim: Size = Field(description="hidden width of one expert")
     router: Literal["sigmoid"] = "sigmoid"

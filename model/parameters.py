@@ -158,6 +158,13 @@ def states_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: getattr(module, attribute) for name, module, attribute in logical_states(model)}
 
 
+@torch.no_grad()
+def add_updates(model: nn.Module, updates: Mapping[str, Tensor]) -> None:
+    """Adds to states, by path, what a training micro-step has found (model/layer.py)."""
+    for name, update in updates.items():
+        model.get_buffer(name).add_(update)
+
+
 def count_parameters(model: nn.Module) -> int:
     """Number of weights in all: every expert once, no padding, whatever this process holds."""
     return sum(math.prod(parameter.spec.shape) for parameter in logical_parameters(model))

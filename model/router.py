@@ -25,6 +25,10 @@ class RouterReport(NamedTuple):
     probability_G: Tensor
     num_rows: Tensor
 
+    def plus(self, other: "RouterReport") -> "RouterReport":
+        """Of the rows of both."""
+        return RouterReport(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
 
 class Choice(NamedTuple):
     """A router's decision: gates and expert ids within the head, (T, H, K) each, K descending by score."""
@@ -111,9 +115,15 @@ def batch_spread(logits_THE: Tensor, statistics: BatchStatistics, *, weight: flo
     return Spread(weight, statistics.mean(logits_THE.softmax(-1)), None)
 
 
-def sequence_spread(logits_BSHE: Tensor, statistics: BatchStatistics, *, weight: float) -> Spread:
-    """SwitchHead's (specs of arXiv 2312.07987, section 3): p is a row's mean over positions and heads of softmax(logits)."""
-    return Spread(weight, logits_BSHE.softmax(-1).mean((1, 2)), statistics)
+def sequence_spread(
+    logits_BSHE: Tensor, statistics: BatchStatistics, *, weight: float, per_head: bool = False
+) -> Spread:
+    """SwitchHead's (specs of arXiv 2312.07987, section 3): p is a row's mean over positions and heads of softmax(logits).
+
+    per_head: over positions alone, for each head, as in MoEUT (arXiv 2405.16039).
+    """
+    mean_BHE = logits_BSHE.softmax(-1).mean(1)
+    return Spread(weight, mean_BHE.flatten(0, 1) if per_head else mean_BHE.mean(1), statistics)
 
 
 def entropy_loss(repeats: Sequence[Spread]) -> Tensor:

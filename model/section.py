@@ -4,12 +4,14 @@ Owns the base classes; model/config.py has the sections themselves. Imports no t
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from model.cost import Cost
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Size = Annotated[int, Field(ge=1)]
@@ -41,6 +43,8 @@ class Place:
 class LayerSection(Section):
     """The section of a kind of layer: it says what the rest of the system must know of the kind, and builds it."""
 
+    reads_raw: ClassVar[bool] = False  # its forward takes the residual stream before the norm too (`model.norm: peri`)
+
     def build(self, place: Place) -> "nn.Module":
         """The layer at `place`, on the meta device."""
         raise NotImplementedError
@@ -56,6 +60,10 @@ class LayerSection(Section):
     def notes(self) -> list[str]:
         """Sentences for the log: what a default was turned into."""
         return []
+
+    def cost(self, place: Place, *, length: int) -> "Cost | None":
+        """What the layer at `place` costs on a row of `length` tokens (model/cost.py); None where nobody has worked it out."""
+        return None
 
 
 class FeedForwardSection(LayerSection):

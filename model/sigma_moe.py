@@ -42,7 +42,14 @@ class SigmaMoE(DeclaringModule):
         up, down = ((d_model, width), normal(std_in)), ((width, d_model), normal(std_out))
         self.experts = ExpertBank(experts, {"up": up, "down": down})
 
-    def forward(self, x_BSD: Tensor, context: BatchContext, carry_TX: Tensor | None = None) -> LayerOutput:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        context: BatchContext,
+        carry_TX: Tensor | None = None,
+        raw_BSD: Tensor | None = None,
+    ) -> LayerOutput:
+        """y (B, S, D). The router reads x; the experts read raw instead where it is given (`model.norm: peri`)."""
         batch, length, d_model = x_BSD.shape
         x_TD = x_BSD.reshape(-1, d_model)
 
@@ -54,7 +61,8 @@ class SigmaMoE(DeclaringModule):
         (exchange,) = self.dispatcher.plan(self._routing(choice))
 
         # dispatch, grouped_matmul twice, combine
-        arriving = self.dispatcher.dispatch(exchange, x_TD, label="mlp")
+        rows_TD = x_TD if raw_BSD is None else raw_BSD.reshape(-1, d_model)
+        arriving = self.dispatcher.dispatch(exchange, rows_TD, label="mlp")
         gathering = self.dispatcher.weights(exchange)
         spreads = {}
         if self.config.entropy_weight > 0:

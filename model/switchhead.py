@@ -82,8 +82,17 @@ class SwitchHead(DeclaringModule):
     def new_cache(self, *, block_length: int) -> KeyValueCache:
         return self.attend.new_cache(block_length=block_length)
 
-    def forward(self, x_BMD: Tensor, context: BatchContext, cache: KeyValueCache | None = None) -> LayerOutput:
-        """x (B, M, D): memory, then the row; y (B, S, D) of the row: sum over heads and O experts of gate * what the head has read."""
+    def forward(
+        self,
+        x_BMD: Tensor,
+        context: BatchContext,
+        cache: KeyValueCache | None = None,
+        raw_BMD: Tensor | None = None,
+    ) -> LayerOutput:
+        """x (B, M, D): memory, then the row; y (B, S, D) of the row: sum over heads and O experts of gate * what the head has read.
+
+        V reads raw (B, M, D) instead where it is given.
+        """
         dispatcher, backend, heads = self.dispatcher, self.place.backend, self.config.num_heads
         x_BSD = x_BMD[:, context.num_memory :]
 
@@ -93,7 +102,7 @@ class SwitchHead(DeclaringModule):
         exchanges = dict(zip(routed.choices, dispatcher.plan(*routings), strict=True))
 
         # V, Q, K: dispatch what goes to experts, the dense ones under it; grouped_matmul, combine
-        inputs = {"value": x_BMD, "query": x_BSD, "key": x_BMD}
+        inputs = {"value": x_BMD if raw_BMD is None else raw_BMD, "query": x_BSD, "key": x_BMD}
         arriving, returning, projected = {}, {}, {}
         for name in [name for name in inputs if name in exchanges]:
             rows = dispatcher.dispatch(exchanges[name], inputs[name].flatten(0, 1), label=name)
@@ -135,7 +144,8 @@ class SwitchHead(DeclaringModule):
             reports[name] = report(own_logits_THE, Choice(*own))
             if self.config.entropy_weight > 0:
                 logits_BSHE = own_logits_THE.view(*x_BSD.shape[:2], *own_logits_THE.shape[1:])
-                spreads[name] = sequence_spread(logits_BSHE, self.statistics, weight=self.config.entropy_weight)
+                weight, per_head = self.config.entropy_weight, self.config.entropy_per_head
+                spreads[name] = sequence_spread(logits_BSHE, self.statistics, weight=weight, per_head=per_head)
         return _Routed(choices, spreads, reports)
 
     def _choose(self, logits_THE: Tensor, context: BatchContext, *, router: str, num_memory: int) -> Choice:
@@ -197,12 +207,20 @@ class GatedAttention(DeclaringModule):
     def new_cache(self, *, block_length: int) -> KeyValueCache:
         return self.attend.new_cache(block_length=block_length)
 
-    def forward(self, x_BMD: Tensor, context: BatchContext, cache: KeyValueCache | None = None) -> LayerOutput:
-        """x (B, M, D): memory, then the row; y (B, S, D) of the row."""
+    def forward(
+        self,
+        x_BMD: Tensor,
+        context: BatchContext,
+        cache: KeyValueCache | None = None,
+        raw_BMD: Tensor | None = None,
+    ) -> LayerOutput:
+        """x (B, M, D): memory, then the row, and raw, which V reads where it is given; y (B, S, D) of the row."""
         x_BSD = x_BMD[:, context.num_memory :]
         gates_BSH = self.output_router(x_BSD.flatten(0, 1)).sigmoid().view(*x_BSD.shape[:2], self.num_heads)
+        values_BMD = x_BMD if raw_BMD is None else raw_BMD
         heads = (
-            split_heads(p(x), self.num_heads) for p, x in ((self.query, x_BSD), (self.key, x_BMD), (self.value, x_BMD))
+            split_heads(p(x), self.num_heads)
+            for p, x in ((self.query, x_BSD), (self.key, x_BMD), (self.value, values_BMD))
         )
         mixed_BHSC = self.attend(*heads, context, cache)
         gated_BHSC = (mixed_BHSC * gates_BSH.transpose(1, 2)[..., None]).to(mixed_BHSC.dtype)

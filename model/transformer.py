@@ -7,7 +7,7 @@ Owns the order of a block and the residual stream. Does not own the loss (loss.p
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +39,15 @@ class ModelOutput(NamedTuple):
 
 
 class Block(DeclaringModule):
-    """x += drop(mixer(norm(x))); x += drop(feedforward(norm(x))): pre-normalised. Memory goes before x into the mixer's norm."""
+    """x += drop(mixer(norm(x))); x += drop(feedforward(norm(x))). Memory goes before x into the mixer's norm.
+
+    With `norm: peri` (MoEUT, arXiv 2405.16039) the layers are handed x itself too: only Q, K and the routers read norm(x).
+    """
 
     def __init__(self, config: ModelConfig, place: Place) -> None:
         super().__init__()
         self.dropout = config.dropout
+        self.peri = config.norm == "peri"
         self.mixer_norm = LayerNorm(config.d_model)
         self.mixer = config.mixer_sections()[place.depth].build(place)
         self.feedforward_norm = LayerNorm(config.d_model)
@@ -55,9 +59,11 @@ class Block(DeclaringModule):
         source_BMD = x_BSD
         if context.memory_BMD is not None:
             source_BMD = torch.cat([context.memory_BMD, x_BSD], dim=1)
-        mixed = self.mixer(self.mixer_norm(source_BMD), context, cache)
+        raw = {"raw_BMD": source_BMD} if self.peri else {}
+        mixed = self.mixer(self.mixer_norm(source_BMD), context, cache, **raw)
         x_BSD = x_BSD + self._drop(mixed.y_BSD, context, site="mixer")
-        fed = self.feedforward(self.feedforward_norm(x_BSD), context, carry_TX)
+        raw = {"raw_BSD": x_BSD} if self.peri else {}
+        fed = self.feedforward(self.feedforward_norm(x_BSD), context, carry_TX, **raw)
         x_BSD = x_BSD + self._drop(fed.y_BSD, context, site="feedforward")
         return LayerOutput(
             x_BSD,
@@ -117,6 +123,31 @@ class Transformer(DeclaringModule):
             layer_inputs=layer_inputs,
             updates=self._updates(outputs),
         )
+
+    @property
+    def balances(self) -> bool:
+        """A router wants to be told the loads of each optimizer step."""
+        return bool(self._balanced())
+
+    def balance(self, reports: Mapping[str, RouterReport]) -> None:
+        """Tells each such layer its loads of an optimizer step: `reports` of all micro-steps and ranks, by layer and router."""
+        for path, layer in self._balanced().items():
+            first, part = path
+            of_layer: dict[str, RouterReport] = {}
+            for depth in range(first, self.config.num_layers, len(self.layers)):
+                prefix = f"layers.{depth}.{part}."
+                for name in (name for name in reports if name.startswith(prefix)):
+                    router = name.removeprefix(prefix)
+                    of_layer[router] = of_layer[router].plus(reports[name]) if router in of_layer else reports[name]
+            layer.balance(of_layer)
+
+    def _balanced(self) -> dict[tuple[int, str], Any]:
+        return {
+            (number, part): getattr(block, part)
+            for number, block in enumerate(self.layers)
+            for part in ("mixer", "feedforward")
+            if getattr(getattr(block, part), "balances", False)
+        }
 
     def _auxiliary_loss(self, outputs: Sequence[LayerOutput]) -> Tensor:
         """Sum of the layers' losses, and of one entropy loss for each router of each distinct layer."""

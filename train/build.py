@@ -15,7 +15,7 @@ import torch
 from data.index import ShardIndex, check_tokenizer, open_index
 from kernels.grouped_matmul import choose_backend, why_not_torch
 from model.memory import StreamMemory
-from model.parameters import fill, materialize
+from model.parameters import fill, materialize, states_of
 from model.transformer import Transformer
 from parallel.config import ProcessInfo
 from train.checkpoint import read_tensors
@@ -85,7 +85,8 @@ def notes(config: Config, device: torch.device) -> list[str]:
 def load_model(path: Path, config: Config, *, vocab_size: int, device: torch.device) -> Transformer:
     """The whole network with the weights of the checkpoint `path`, for one process that only reads it."""
     model = build_model(config, vocab_size=vocab_size, device=device)
-    fill(model, read_tensors(path, kind="master"), device=device)
+    states = read_tensors(path, names=states_of(model))
+    fill(model, read_tensors(path, kind="master") | states, device=device)
     return model
 
 

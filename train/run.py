@@ -14,7 +14,7 @@ import torch
 from data.index import check_tokenizer
 from data.loader import Batch, heldout_batches, train_batches
 from model.memory import StreamMemory
-from model.parameters import count_parameters
+from model.parameters import count_parameters, states_of
 from parallel.config import ProcessInfo
 from train import checkpoint
 from train.build import Data, build_memory, build_model, notes, open_data, open_world, set_up_torch
@@ -120,11 +120,18 @@ def restore(job: Job) -> Progress:
     # `latest` has just compared the checksums
     saved = checkpoint.load(newest, fragments=job.engine.fragments(), mesh=job.world, verify=False)
     job.engine.restored(step=saved.step)
-    memory = job.memory
-    if memory is not None:
-        on_every_rank(job.world, lambda: memory.restore(checkpoint.read_tensors(newest, names=memory.names())))
+    on_every_rank(job.world, lambda: _restore_states(job, newest))
     job.reporter.say(f"resumed from {newest}: step {saved.step}, data position {saved.position}")
     return Progress(step=saved.step, position=saved.position)
+
+
+def _restore_states(job: Job, newest: Path) -> None:
+    """What a run keeps besides weights and moments: the states of its routers and norms, the memory of its streams."""
+    states = states_of(job.engine.model)
+    for name, value in checkpoint.read_tensors(newest, names=states).items():
+        states[name].copy_(value)
+    if job.memory is not None:
+        job.memory.restore(checkpoint.read_tensors(newest, names=job.memory.names()))
 
 
 def _check_same_run(job: Job, newest: Path) -> None:
@@ -186,6 +193,8 @@ def save(job: Job, at: Progress) -> None:
     fragments = job.engine.owned_fragments()
     keep = job.config.checkpoint.keep
     tensors = {} if job.memory is None else job.memory.tensors()
+    if job.world.rank == 0:  # the states are the same on all
+        tensors |= states_of(job.engine.model)
     checkpoint.save(
         job.folder.checkpoints, state=state, fragments=fragments, tensors=tensors, mesh=job.world, keep=keep
     )

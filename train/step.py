@@ -15,6 +15,7 @@ from data.loader import Batch
 from model.context import BatchContext
 from model.loss import IGNORED, cross_entropy_sum
 from model.memory import StreamMemory
+from model.parameters import add_updates
 from model.router import RouterReport
 from model.transformer import ModelOutput
 from train.engine import Engine, World
@@ -68,13 +69,15 @@ def forward(
     device: torch.device,
     memory: StreamMemory | None,
 ) -> ModelOutput:
-    """The model on a batch, with the memory of its rows, which then remembers them."""
+    """The model on a batch, with the memory of its rows, which then remembers them; in training its states are updated."""
     past = None if memory is None else memory.read(batch.positions_B, batch.continues_B)
     documents_BS = batch.document_ids_BS.to(device) if settings.mask_documents else None
     context = BatchContext(batch.positions_B.to(device), documents_BS, settings.seed, step, past)
     output = engine.forward(batch.tokens_BS.to(device), context)
     if memory is not None and past is not None:
         memory.write(past, batch.positions_B, output.layer_inputs)
+    if engine.model.training:
+        add_updates(engine.model, output.updates)
     return output
 
 
@@ -102,6 +105,8 @@ def train_step(
         last = micro_step == settings.accumulation_steps - 1
         _micro_step(engine, batches, world, settings, totals, step=step, last=last, memory=memory)
     grad_norm = engine.step(lr)
+    if engine.model.balances:
+        engine.model.balance(total_reports(totals.reports, world))
     result = _reduce(totals, world, grad_norm=grad_norm, accumulation_steps=settings.accumulation_steps)
     if not (torch.tensor([result.loss, result.auxiliary_loss, grad_norm]).isfinite().all()):
         raise RuntimeError(
@@ -136,10 +141,7 @@ def _micro_step(
     totals.num_targets += int((batch.targets_BS != IGNORED).sum())
     totals.num_bytes += batch.num_bytes
     for name, report in output.reports.items():
-        seen = totals.reports.get(name)
-        totals.reports[name] = (
-            report if seen is None else RouterReport(*(a + b for a, b in zip(seen, report, strict=True)))
-        )
+        totals.reports[name] = totals.reports[name].plus(report) if name in totals.reports else report
 
 
 def _next_batch(batches: Iterator[Batch], world: World) -> tuple[Batch, int]:

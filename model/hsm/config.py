@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from model.cost import Cost, Work
 from model.hsm.schedule import KIND, Hybrid, Schedule, Wrap, largest_num_shifts
 from model.section import MixerSection, Place, Size
 
@@ -115,3 +116,27 @@ class HSMConfig(MixerSection):
         from model.hsm.layer import HSM
 
         return HSM(self, place)
+
+    def cost(self, place: Place, *, length: int) -> Cost:
+        """By the table of docs/hsm.md. A product of a vector with a gate or a factor is one multiply-accumulate per channel."""
+        D, H, F = place.d_model, self.num_heads or 1, self.hidden_dim or 0
+        weights, inner = {  # per token: matrices and factors, which are also the multiply-accumulates; numbers written inside
+            "constant": (2, 0),
+            "vector": (2 * D, 0),
+            "multihead": (2 * H, 0),
+            "matrix_scalar": (D * D + 1, D),
+            "matrix": (2 * D * D, D),
+            "multihead_matrix": (2 * D * D // H, D),
+            "single_gate": (2 * D * D, D),
+            "double_gate": (4 * D * D, 2 * D),
+            "fusion": (3 * D * F, F),
+        }[self.variant]
+        biases = {"double_gate": 2 * D, "fusion": F + D, "constant": 0, "vector": 0, "multihead": 0}.get(self.variant, D)
+        scaled = {"constant": 2 * D, "vector": 2 * D, "multihead": 2 * D, "matrix_scalar": D * D + D}
+        gates = 2 * D if self.variant in ("single_gate", "double_gate") else 0
+        shifts = self.shifts(place.mixers, depth=place.depth)
+        return Cost(
+            weights + (biases if self.bias is not False else 0),
+            Work((scaled.get(self.variant, weights) + gates) * length, (D + inner) * length),
+            decode_floats=sum(shifts) * D // len(shifts),
+        )

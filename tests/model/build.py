@@ -46,7 +46,7 @@ def remembering(
     filled = num_memory if filled is None else filled
     filled_B = torch.full((rows,), filled) if isinstance(filled, int) else torch.tensor(filled)
     states = {depth: torch.zeros(rows, num_memory, 1)}  # only its length is the mixer's business
-    return replace(context(rows, step=step), memory=Memory(states, filled_B))
+    return replace(context(rows, step=step, depth=depth), memory=Memory(states, filled_B))
 
 
 def decoded(layer: Any, x_BSD: Tensor, pieces: list[int], *, block_length: int = 1000) -> Tensor:

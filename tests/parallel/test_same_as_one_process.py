@@ -102,6 +102,9 @@ VARIANTS = {
         switchhead={"num_experts": 1, "top_k": 1, "single_expert": "gate_output"}
     ),
     "top-k attention": Case().with_model(switchhead={"attend_top_k": 3, "attend_chunk": 5, "attention_dropout": 0.2}),
+    "shared over the depth": Case(accumulation_steps=2).with_model(
+        num_layers=4, distinct_layers=2, norm="peri", switchhead={"entropy_weight": 1.0, "entropy_per_head": True}
+    ),
     "shift mixing": Case().with_model(mixers=("hsm", "switchhead"), hsm={"variant": "double_gate"}),
 }
 

@@ -72,7 +72,7 @@ def loss_of_the_first_step(config: Config, *, seed: int) -> float:
     model = Transformer(config.model, vocab_size=index.vocab_size, backend="reference")
     materialize(model, seed=seed)
     batch = next(train_batches(config.data, index, seed=seed, accumulation_steps=1, rank=0, num_ranks=1, position=0))
-    facts = context(batch.positions_B.tolist(), documents_BS=batch.document_ids_BS, seed=seed, step=0)
+    facts = context(batch.positions_B.tolist(), documents_BS=batch.document_ids_BS, seed=seed, depth=-1)
     logits_BSV = model.train()(batch.tokens_BS, facts).logits_BSV
     return cross_entropy(logits_BSV.flatten(0, 1), batch.targets_BS.flatten()).item()
 

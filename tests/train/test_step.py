@@ -27,6 +27,7 @@ class TableEngine:
 
     def __init__(self, *, norm: float = 1.5, scale: float = 1.0) -> None:
         self.model = cast(Any, torch.nn.Linear(1, 1))
+        self.model.balances = False
         self.table = (LOGITS * scale).requires_grad_()
         self.norm = norm
         self.losses: list[tuple[float, bool]] = []
