@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from model.parameters import (
     DeclaringModule,
     ExpertBank,
+    add_updates,
     count_parameters,
+    fill,
     logical_parameters,
     materialize,
     normal,
     ones,
+    states_of,
     truncated_normal,
     zeros,
 )
@@ -153,3 +156,68 @@ def test_a_declared_parameter_is_known_by_its_full_shape():
     module = DeclaringModule()
     module.declare("table", (3, 4), normal(1.0))
     assert [(p.name, p.spec.shape, p.start, p.numel) for p in logical_parameters(module)] == [("table", (3, 4), 0, 12)]
+
+
+class Counting(DeclaringModule):
+    """A module with a state beside its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.declare("weight", (2,), ones)
+        self.declare_state("seen", (3,), value=0.5)
+
+
+def counting() -> nn.Module:
+    model = nn.Module()
+    model.add_module("inner", Counting())
+    return model
+
+
+def test_a_state_starts_at_its_value_without_a_gradient_and_is_no_parameter():
+    model = counting()
+    materialize(model, seed=1, dtype=torch.float64)
+    (seen,) = states_of(model).values()
+    assert seen.tolist() == [0.5] * 3
+    assert seen.dtype == torch.float64
+    assert not seen.requires_grad
+    assert [parameter.name for parameter in logical_parameters(model)] == ["inner.weight"]
+    assert count_parameters(model) == 2
+
+
+def test_updates_are_added_to_their_states():
+    model = counting()
+    materialize(model, seed=1)
+    add_updates(model, {"inner.seen": torch.tensor([1.0, 2.0, -0.5])})
+    assert states_of(model)["inner.seen"].tolist() == [1.5, 2.5, 0.0]
+
+
+def test_a_model_is_filled_with_weights_and_states_by_name():
+    model = counting()
+    values = {"inner.weight": torch.tensor([3.0, 4.0]), "inner.seen": torch.tensor([1.0, 2.0, 3.0])}
+    fill(model, values)
+    assert model.get_parameter("inner.weight").tolist() == [3.0, 4.0]
+    assert states_of(model)["inner.seen"].tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"inner.weight": torch.ones(2)}, ["inner.seen has shape None", "(3,)"]),
+        ({"inner.weight": torch.ones(1), "inner.seen": torch.ones(3)}, ["inner.weight has shape (1,)", "(2,)"]),
+        (
+            {"inner.weight": torch.ones(2), "inner.seen": torch.ones(3), "x": torch.ones(1)},
+            ["x has shape (1,)", "None"],
+        ),
+    ],
+)
+def test_values_of_another_model_are_refused(values: dict[str, Tensor], parts: list[str]):
+    with pytest.raises(RuntimeError, match="must be those of the model") as caught:
+        fill(counting(), values)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_a_buffer_that_was_not_declared_is_refused():
+    model = counting()
+    model.register_buffer("forgotten", torch.zeros(1))
+    with pytest.raises(RuntimeError, match="forgotten was not: use"):
+        states_of(model)
