@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(argv)
         info = read_environment(os.environ)
         rank = info.rank
-        config = load_config(args.config, args.set)
+        config = load_config(args.config, args.set, say=lambda sentence: _say(sentence, rank))
         device = choose_device(config.run.device, os.environ)
         # DeepSpeed looks for an accelerator when it is first imported; left alone it may pick another than the run's.
         os.environ["DS_ACCELERATOR"] = device
@@ -85,6 +85,12 @@ def _is_sentence(error: Exception) -> bool:
         return _is_sentence(error.__cause__)  # what failed on this rank and was told to all
     raised = Path(frames[-1].filename)
     return raised.is_relative_to(ROOT) and not raised.is_relative_to(ROOT / ".venv")
+
+
+def _say(sentence: str, rank: int) -> None:
+    """Once for all ranks, and so that the output of a dry run stays YAML."""
+    if rank == 0:
+        print(f"# {sentence}", flush=True)
 
 
 def _report(sentence: str, rank: int) -> None:

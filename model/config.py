@@ -13,6 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from model.attention_config import AttentionConfig, SwitchHeadConfig
 from model.feedforward_config import DenseMLPConfig, SigmaMoEConfig
 from model.hsm.config import HSMConfig
+from model.product_key_config import PEERConfig, PKMConfig
 from model.section import (
     FeedForwardSection,
     LayerSection,
@@ -27,6 +28,29 @@ if TYPE_CHECKING:
     pass
 
 Pattern = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class MatchConfig(Section):
+    """Asks for a number of parameters and names the size that is solved for; gone once the config is loaded (train/match.py)."""
+
+    params: Annotated[float, Field(ge=1.0, le=1.0e13)] | None = Field(
+        default=None, description="parameters of the whole model, embeddings included, as 4.7e+7"
+    )
+    params_of: str | None = Field(
+        default=None, description="config file of another model: as many parameters as it has"
+    )
+    by: str = Field(
+        description="what is solved for: feedforward_dim, experts, expert_dim, d_model, or any size as sigma_moe.num_experts"
+    )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if (self.params is None) == (self.params_of is None):
+            raise ValueError(
+                f"match needs params or params_of, one of the two, but params is {self.params} and params_of is {self.params_of}: "
+                "give one and leave out the other"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -45,12 +69,17 @@ class ModelConfig(Section):
     hsm: HSMConfig | None = None
     sigma_moe: SigmaMoEConfig | None = None
     dense_mlp: DenseMLPConfig | None = None
+    pkm: PKMConfig | None = None
+    peer: PEERConfig | None = None
     norm: Literal["pre", "peri"] = Field(
         default="pre",
         description="pre: mixer and feed-forward read the normalised input; peri: only Q, K and routers do (MoEUT)",
     )
     distinct_layers: Size | None = Field(
         default=None, description="layers with weights of their own, used again over the depth, A B A B; null: all"
+    )
+    match: MatchConfig | None = Field(
+        default=None, description="solves one size for a number of parameters; null in what it is solved to"
     )
     dropout: Probability = Field(0.0, description="residual, embedding, final-state and dense hidden dropout")
     recompute: bool = Field(False, description="recompute each layer's activations in the backward pass")

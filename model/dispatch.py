@@ -90,6 +90,10 @@ class Dispatcher(Protocol):
         """The weights of the routing's bank to compute with, by name: gathered over the expert group, or the local ones."""
         ...
 
+    def gather(self, bank: ExpertBank, rows: Tensor, *, label: str) -> Pending[Tensor]:
+        """Gives the rows (num_local, X) that each rank has of its groups of `bank` to all: (num_groups, X), differentiable."""
+        ...
+
 
 @dataclass(frozen=True)
 class _LocalExchange:
@@ -124,6 +128,9 @@ class LocalDispatcher:
 
     def weights(self, exchange: _LocalExchange) -> Ready[dict[str, Tensor]]:
         return Ready(exchange.bank.weights())
+
+    def gather(self, bank: ExpertBank, rows: Tensor, *, label: str) -> Ready[Tensor]:
+        return Ready(rows)
 
 
 def group_ends(sorted_ids_C: Tensor, num_groups: int) -> Tensor:

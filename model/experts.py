@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.grouped_matmul import grouped_matmul
+from model.context import hash_with, keep_channels
 from model.dispatch import LocalPlan
 
 
@@ -29,13 +30,40 @@ def gate_then_project(rows_RX: Tensor, weight_LXY: Tensor, plan: LocalPlan, *, b
     return _sum_per_output(projected_CY, plan, dtype=projected_CY.dtype)
 
 
-def gated_mlp(rows_RD: Tensor, up_LDF: Tensor, down_LFD: Tensor, plan: LocalPlan, *, backend: str) -> Tensor:
-    """sum over copies of (gate * relu(row @ W1[group])) @ W2[group] (sigma-MoE, arXiv 2310.10837). Gives (P, D)."""
+def gated_mlp(
+    rows_RD: Tensor,
+    up_LDF: Tensor,
+    down_LFD: Tensor,
+    plan: LocalPlan,
+    *,
+    backend: str,
+    factors_CF: Tensor | None = None,
+) -> Tensor:
+    """sum over copies of (gate * relu(row @ W1[group])) @ W2[group] (sigma-MoE, arXiv 2310.10837). Gives (P, D).
+
+    factors_CF: of the hidden activations, see `hidden_factors`.
+    """
     copies_CD = rows_RD[plan.row_index_C]
     hidden_CF = grouped_matmul(copies_CD, up_LDF, offsets_G=plan.offsets_L, backend=backend).relu()
-    gated_CF = (hidden_CF * plan.gates_C[:, None]).to(hidden_CF.dtype)
-    projected_CD = grouped_matmul(gated_CF, down_LFD, offsets_G=plan.offsets_L, backend=backend)
+    gated_CF = hidden_CF * plan.gates_C[:, None]
+    if factors_CF is not None:
+        gated_CF = gated_CF * factors_CF
+    projected_CD = grouped_matmul(gated_CF.to(hidden_CF.dtype), down_LFD, offsets_G=plan.offsets_L, backend=backend)
     return _sum_per_output(projected_CD, plan, dtype=projected_CD.dtype)
+
+
+def hidden_factors(
+    hashes_R1: Tensor, plan: LocalPlan, *, first_group: int, channels: int, probability: float
+) -> Tensor:
+    """float32 (C, channels): dropout of the copies' hidden activations, 0 with `probability` and 1 / (1 - probability) otherwise.
+
+    hashes: of the received rows' tokens (model/context.py), integers in float64, which travel unrounded. A mask is a function of token,
+    expert and channel, the same at whatever rank the expert lives. first_group: the global group of the first one here.
+    """
+    copies_C = torch.arange(len(plan.row_index_C), device=plan.offsets_L.device, dtype=plan.offsets_L.dtype)
+    groups_C = first_group + torch.searchsorted(plan.offsets_L, copies_C, right=True)
+    hashes_C = hash_with(hashes_R1[plan.row_index_C, 0].long(), groups_C)
+    return keep_channels(hashes_C, channels, probability=probability).float() / (1.0 - probability)
 
 
 def _sum_per_output(copies_CY: Tensor, plan: LocalPlan, *, dtype: torch.dtype) -> Tensor:

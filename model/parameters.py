@@ -2,8 +2,9 @@
 
 A *logical parameter* is a weight as one process would hold it: all experts, no padding. Modules declare theirs on the meta device;
 `parallel/parallelize.py` may narrow an expert bank to the groups of this rank; `materialize` then draws what is owned here. Every
-block (one expert group, else the whole tensor) has its own generator seeded by (seed, name, block), so the values are the same at
-every layout and no rank draws what it does not own. Checkpoints speak of the same names and shapes (model/fragments.py).
+block (one expert group, so many rows of a table, else the whole tensor) has its own generator seeded by (seed, name, block), so the
+values are the same at every layout and no rank draws what it does not own (of a table's block that two ranks share, each draws all).
+Checkpoints speak of the same names and shapes (model/fragments.py).
 
 Does not own: the optimizer's storage of these weights (train/engine.py, parallel/zero.py).
 """
@@ -12,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,11 @@ Initializer = Callable[[tuple[int, ...], torch.Generator], Tensor]
 def normal(std: float) -> Initializer:
     """Draws N(0, std^2)."""
     return lambda shape, generator: torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def uniform(bound: float) -> Initializer:
+    """Draws from [-bound, bound]."""
+    return lambda shape, generator: torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def truncated_normal(std: float) -> Initializer:
@@ -44,10 +51,14 @@ def ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """What a declared parameter is: `shape` in all (no padding), and how a block of it is drawn."""
+    """What a declared parameter is: `shape` in all (no padding), and how a block of it is drawn.
+
+    decays: weight decay is for it if it is a matrix (train/optimizer.py).
+    """
 
     shape: tuple[int, ...]
     draw: Initializer
+    decays: bool = True
 
 
 class DeclaringModule(nn.Module):
@@ -58,8 +69,8 @@ class DeclaringModule(nn.Module):
         self.specs: dict[str, ParameterSpec] = {}
         self.states: dict[str, float] = {}
 
-    def declare(self, name: str, shape: tuple[int, ...], draw: Initializer) -> None:
-        self.specs[name] = ParameterSpec(shape, draw)
+    def declare(self, name: str, shape: tuple[int, ...], draw: Initializer, *, decays: bool = True) -> None:
+        self.specs[name] = ParameterSpec(shape, draw, decays)
         self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
 
     def declare_state(self, name: str, shape: tuple[int, ...], *, value: float = 0.0) -> None:
@@ -76,13 +87,16 @@ class ExpertBank(DeclaringModule):
     hold tensors of one shape; a rank may hold nothing but padding. Padding is zero, cannot be selected and is never saved.
     """
 
-    def __init__(self, num_groups: int, weights: dict[str, tuple[tuple[int, ...], Initializer]]) -> None:
+    def __init__(
+        self, num_groups: int, weights: dict[str, tuple[tuple[int, ...], Initializer]], *, decays: bool = True
+    ) -> None:
         super().__init__()
         self.num_groups = num_groups
         self.first_group = 0
         self.num_local = num_groups
+        self.num_ranks = 1
         for name, (shape, draw) in weights.items():
-            self.declare(name, (num_groups, *shape), draw)
+            self.declare(name, (num_groups, *shape), draw, decays=decays)
 
     def weights(self) -> dict[str, Tensor]:
         """The local weights by name, (num_local, ...) each."""
@@ -90,11 +104,24 @@ class ExpertBank(DeclaringModule):
 
     def shard(self, *, rank: int, size: int) -> None:
         """Keeps the groups of rank `rank` of `size`; owner of group g = g div L. Must come before `materialize`."""
+        self.num_ranks = size
         self.num_local = math.ceil(self.num_groups / size)
         self.first_group = rank * self.num_local
         for name, spec in self.specs.items():
             shape = (self.num_local, *spec.shape[1:])
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
+
+
+class Table(ExpertBank):
+    """A bank of so many small groups, the rows of a product-key table, that they are drawn `rows_per_block` at a time.
+
+    The blocks do not depend on the sharding. Weight decay is not for tables: most rows get no gradient in a step (our reading).
+    """
+
+    rows_per_block = 1024
+
+    def __init__(self, num_rows: int, weights: dict[str, tuple[tuple[int, ...], Initializer]]) -> None:
+        super().__init__(num_rows, weights, decays=False)
 
 
 @dataclass(frozen=True)
@@ -176,9 +203,9 @@ def materialize(
     """Allocates and draws every parameter held here. Blocks are drawn on the CPU in float32 so that all devices agree."""
     for parameter in list(logical_parameters(model)):
         values = torch.zeros(parameter.tensor.shape, dtype=dtype, device=device)
-        for block, target in _local_blocks(parameter, values):
-            generator = torch.Generator().manual_seed(_block_seed(seed, parameter.name, block))
-            target.copy_(parameter.spec.draw(tuple(target.shape), generator))
+        for block in _local_blocks(parameter, values):
+            generator = torch.Generator().manual_seed(_block_seed(seed, parameter.name, block.number))
+            block.target.copy_(parameter.spec.draw(block.shape, generator)[block.part])
         setattr(parameter.module, parameter.attribute, nn.Parameter(values))
     for _, module, attribute in logical_states(model):
         shape = getattr(module, attribute).shape
@@ -207,13 +234,33 @@ def fill(model: nn.Module, values: Mapping[str, Tensor], *, device: torch.device
         setattr(module, attribute, values[name].to(device))
 
 
-def _local_blocks(parameter: LogicalParameter, values: Tensor) -> Iterator[tuple[int, Tensor]]:
-    if not isinstance(parameter.module, ExpertBank):
-        yield 0, values
+class _Block(NamedTuple):
+    """A block that is drawn whole, and `target`, the part of the local tensor that `part` of it goes to."""
+
+    number: int
+    shape: tuple[int, ...]
+    part: slice
+    target: Tensor
+
+
+def _local_blocks(parameter: LogicalParameter, values: Tensor) -> Iterator[_Block]:
+    bank, whole = parameter.module, slice(None)
+    if not isinstance(bank, ExpertBank):
+        yield _Block(0, tuple(values.shape), whole, values)
         return
-    first = parameter.module.first_group
-    for local in range(max(0, min(parameter.module.num_local, parameter.module.num_groups - first))):
-        yield first + local, values[local]
+    first, end = bank.first_group, min(bank.first_group + bank.num_local, bank.num_groups)
+    if first >= end:  # nothing but padding
+        return
+    if not isinstance(bank, Table):
+        for group in range(first, end):
+            yield _Block(group, tuple(values.shape[1:]), whole, values[group - first])
+        return
+    size = bank.rows_per_block
+    for number in range(first // size, math.ceil(end / size)):
+        start, stop = number * size, min((number + 1) * size, bank.num_groups)
+        part = slice(max(first, start) - start, min(end, stop) - start)
+        target = values[start + part.start - first : start + part.stop - first]
+        yield _Block(number, (stop - start, *values.shape[1:]), part, target)
 
 
 def _block_seed(seed: int, name: str, block: int) -> int:

@@ -1,10 +1,11 @@
 """Routers: from hidden states to gates and expert ids, in float32 whatever the run's dtype.
 
-Owns the scores, the selection and the entropy regulariser. Does not own what the chosen experts compute (switchhead.py,
-sigma_moe.py) nor how rows travel (dispatch.py). Shape letters: T tokens (B rows of S positions), H heads, E experts per head, K choices.
+Owns the scores, the ranking, the gates, the entropy regulariser and what is told of the loads. Does not own the rivals of sigma-MoE's
+router (selection.py, recurrent_router.py), what the chosen experts compute (switchhead.py, sigma_moe.py) nor how rows travel
+(dispatch.py). Shape letters: T tokens (B rows of S positions), H heads, E experts per head, G = H*E groups, K choices.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from model.context import BatchContext, keep_mask
 from model.parameters import DeclaringModule, Initializer, normal
 from model.statistics import BatchStatistics
+
+Gates = Literal["sigmoid", "softmax", "softmax_of_all", "open"]
+COLLAPSED = 0.1  # a `load_spread` below this is worth an alarm
 
 
 class RouterReport(NamedTuple):
@@ -58,20 +62,46 @@ class Router(DeclaringModule):
         return logits.view(-1, self.num_heads, self.num_experts)
 
 
-def choose(
-    logits_THE: Tensor, *, top_k: int, kept_THE: Tensor | None = None, gates: Literal["sigmoid", "softmax"] = "sigmoid"
-) -> Choice:
-    """The K best experts of each (token, head), with gate sigmoid(logit), or softmax over the K logits as in MoA; not renormalised.
+def average_key_logits(x_TD: Tensor, averages_ED: Tensor) -> Tensor:
+    """Logits (T, 1, E) of Avg-K (arXiv 2305.13999): x . the mean of an expert's input weights, its mean pre-activation; float32.
 
-    kept_THE: bool, False where expert dropout takes an expert out of the *ranking*; gates are read from the untouched logits, so a
-    pick forced on a dropped expert still has a finite gate. Among equal scores the lowest id wins (torch.topk promises no order).
+    The gates are open there, so these averages learn from a regulariser alone, and the experts from their own output.
+    """
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return torch.nn.functional.linear(x_TD.to(averages_ED.dtype), averages_ED)[:, None]
+
+
+def choose(
+    logits_THE: Tensor,
+    *,
+    top_k: int,
+    kept_THE: Tensor | None = None,
+    offsets_HE: Tensor | None = None,
+    gates: Gates = "sigmoid",
+) -> Choice:
+    """The K best experts of each (token, head), and their gates, which are not renormalised.
+
+    gates: sigmoid of the logit; softmax over the K logits as in MoA; softmax_of_all: over all E, as in Switch; open: 1.
+    kept_THE: bool, False where expert dropout takes an expert out of the *ranking*. offsets_HE: added to the logits in the ranking.
+    Gates are read from the untouched logits, so a pick forced on a dropped expert still has a finite gate.
     """
     scores_THE = logits_THE.detach()
+    if offsets_HE is not None:
+        scores_THE = scores_THE + offsets_HE
     if kept_THE is not None:
         scores_THE = scores_THE.masked_fill(~kept_THE, -torch.inf)
-    experts_THK = scores_THE.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    experts_THK = best(scores_THE, top_k)
+    if gates == "open":
+        return Choice(torch.ones_like(scores_THE[..., :top_k]), experts_THK)
+    if gates == "softmax_of_all":
+        return Choice(logits_THE.softmax(-1).gather(-1, experts_THK), experts_THK)
     chosen_THK = logits_THE.gather(-1, experts_THK)
     return Choice(chosen_THK.softmax(-1) if gates == "softmax" else chosen_THK.sigmoid(), experts_THK)
+
+
+def best(scores_THE: Tensor, top_k: int) -> Tensor:
+    """Ids (T, H, K) of the highest scores, best first; among equal ones the lowest id wins (torch.topk promises no order)."""
+    return scores_THE.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
 
 
 def kept_experts(
@@ -144,6 +174,38 @@ def report(logits_THE: Tensor, choice: Choice) -> RouterReport:
         logits_THE.new_zeros(num_heads * num_experts).index_add_(0, groups_THK.flatten(), ones),
         logits_THE.softmax(-1).sum(0).flatten(),
         torch.tensor(float(num_tokens), device=logits_THE.device),
+    )
+
+
+def load_spread(report: RouterReport) -> Tensor:
+    """float32 (H,), of reports of all ranks: how evenly each head's copies are spread over its experts.
+
+    0: K experts take every row, the rest nothing. 1: as even as the number of copies allows. Between them, where exp(entropy of the
+    loads), the number of experts that are in use in effect, lies on the way from K to the smaller of E and the number of copies. A
+    head without a choice (K = E, or a single row) counts as 1.
+    """
+    num_rows = report.num_rows.clamp_min(1)
+    heads = max(1, round(float(report.probability_G.sum() / num_rows)))  # each head's probabilities sum to 1 per row
+    count_HE = report.count_G.view(heads, -1)
+    copies_H = count_HE.sum(1)
+    share_HE = count_HE / copies_H[:, None].clamp_min(1)
+    in_use_H = torch.exp(-(share_HE * share_HE.clamp_min(torch.finfo(share_HE.dtype).tiny).log()).sum(1))
+    fewest_H = copies_H / num_rows
+    most_H = copies_H.clamp_max(count_HE.shape[1])
+    spread_H = (in_use_H - fewest_H) / (most_H - fewest_H)
+    return torch.where(most_H > fewest_H, spread_H, torch.ones_like(spread_H))
+
+
+def collapse_alarm(reports: Mapping[str, RouterReport]) -> str | None:
+    """The sentence that names the routers of which a head has collapsed, reports by layer and router; None if there is none."""
+    spreads = {name: float(load_spread(report).min()) for name, report in reports.items()}
+    collapsed = {name: spread for name, spread in spreads.items() if spread < COLLAPSED}
+    if not collapsed:
+        return None
+    return (
+        f"the load must be spread over the experts (load_spread at least {COLLAPSED}), but few experts take nearly all tokens in "
+        f"{', '.join(f'{name} ({spread:.3f})' for name, spread in collapsed.items())}: raise the layer's entropy_weight (sigma_moe also "
+        "has load_weight, and balance: bias; pkm and peer have query_norm: batch) or lower optim.lr"
     )
 
 

@@ -97,4 +97,9 @@ class RoutedSection(LayerSection):
                 f"top_k must be at most num_experts, but top_k is {self.top_k} and num_experts is {self.num_experts}: "
                 "lower top_k or add experts"
             )
+        if self.expert_dropout > 0 and self.top_k == self.num_experts:
+            raise ValueError(
+                f"expert_dropout leaves experts out of the ranking, but it is {self.expert_dropout} and top_k is num_experts "
+                f"({self.top_k}), which chooses all of them: set expert_dropout to 0.0, lower top_k or add experts"
+            )
         return self

@@ -1,30 +1,52 @@
-"""sigma-MoE feed-forward: sigmoid-gated ReLU experts (Csordas et al., arXiv 2310.10837).
+"""sigma-MoE feed-forward: gated ReLU experts (Csordas et al., arXiv 2310.10837), with its own router or a rival's.
 
 The layer is written for one process; parallel/parallelize.py narrows the bank and hands it another dispatcher and statistics over all
-ranks. Shape letters: B rows, S positions, T = B*S tokens, D model width, F expert width, E experts, K choices, R received rows,
-P output rows.
+ranks. What distinguishes the routers is in selection.py and recurrent_router.py. Shape letters: B rows, S positions, T = B*S tokens,
+D model width, F expert width, E experts, K choices, R received rows, C routed copies here, P output rows, X width of a router's state.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.context import BatchContext
-from model.dispatch import Dispatcher, LocalDispatcher, Routing
-from model.experts import gated_mlp
+from model.context import BatchContext, dropout, token_hashes
+from model.dispatch import Dispatcher, LocalDispatcher, LocalPlan, Pending, Routing
+from model.experts import gated_mlp, hidden_factors
 from model.feedforward_config import SigmaMoEConfig
-from model.layer import LayerOutput
+from model.layer import LayerOutput, Linear
 from model.parameters import DeclaringModule, ExpertBank, normal
-from model.router import Choice, Router, batch_spread, choose, kept_experts, report, sigma_moe_rows
+from model.recurrent_router import ROUTER_DIM, RecurrentRouter
+from model.router import (
+    Choice,
+    Router,
+    RouterReport,
+    Spread,
+    average_key_logits,
+    batch_spread,
+    report,
+    sequence_spread,
+    sigma_moe_rows,
+)
 from model.section import Place
+from model.selection import Selection, load_loss
 from model.statistics import BatchStatistics, LocalStatistics
 
 
-class SigmaMoE(DeclaringModule):
-    """y = sum over the K best experts e of sigmoid(s_e) * relu(x W1_e) W2_e; no biases, gates not renormalised.
+class _Losses(NamedTuple):
+    """The load loss, if there is one, and the entropy regulariser by router, if there is one."""
 
-    The auxiliary loss is entropy_weight * sum_e p_e log p_e of the mean router distribution over the micro-step's rows on all ranks.
+    load: tuple[Tensor, ...]
+    spreads: dict[str, Spread]
+
+
+class SigmaMoE(DeclaringModule):
+    """y = sum over the K best experts e of gate_e * relu(x W1_e) W2_e, plus the shared experts; no biases, gates not renormalised.
+
+    sigma-MoE's own gate is sigmoid(s_e); selection.py has those of its rivals. Auxiliary losses: entropy_weight * sum_e p_e log p_e of
+    the mean router distribution, over the micro-step's rows on all ranks or over each sequence, and Switch's load loss.
     """
 
     def __init__(self, config: SigmaMoEConfig, place: Place) -> None:
@@ -34,13 +56,23 @@ class SigmaMoE(DeclaringModule):
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.statistics: BatchStatistics = LocalStatistics()
         d_model, experts, width = place.d_model, config.num_experts, config.expert_dim
-        std_in = math.sqrt(2 / place.num_layers / d_model)
-        std_out = math.sqrt(
-            2 / place.num_layers / (experts * width)
-        )  # the fan-in of the whole layer, never of one expert
-        self.router = Router(d_model=d_model, num_heads=1, num_experts=experts, draw=sigma_moe_rows(std_in))
-        up, down = ((d_model, width), normal(std_in)), ((width, d_model), normal(std_out))
+        shared_dim = config.num_shared_experts * width
+        # the fan-in of the whole layer, unless the ablation asks for that of one expert
+        fan_in = width if config.initialisation == "standard" else experts * width + shared_dim
+        variance = 2 / place.num_layers * config.init_scale
+        std_in, draw_down = math.sqrt(variance / d_model), normal(math.sqrt(variance / fan_in))
+        if config.router == "recurrent":
+            dim = config.router_dim or ROUTER_DIM
+            self.router = RecurrentRouter(place, dim=dim, num_experts=experts, draw_input=normal(std_in))
+        elif config.router != "average_keys":
+            draw = normal(std_in) if config.router == "switch" else sigma_moe_rows(std_in)
+            self.router = Router(d_model=d_model, num_heads=1, num_experts=experts, draw=draw)
+        self.selection = Selection(config, place)
+        up, down = ((d_model, width), normal(std_in)), ((width, d_model), draw_down)
         self.experts = ExpertBank(experts, {"up": up, "down": down})
+        if shared_dim:
+            self.shared_up = Linear(d_model, shared_dim, draw=normal(std_in))
+            self.shared_down = Linear(shared_dim, d_model, draw=draw_down)
 
     def forward(
         self,
@@ -52,27 +84,86 @@ class SigmaMoE(DeclaringModule):
         """y (B, S, D). The router reads x; the experts read raw instead where it is given (`model.norm: peri`)."""
         batch, length, d_model = x_BSD.shape
         x_TD = x_BSD.reshape(-1, d_model)
+        raw_BSD = x_BSD if raw_BSD is None else raw_BSD
 
         # route
-        logits_T1E = self.router(x_TD)
-        probability = self.config.expert_dropout if self.training else 0.0
-        kept_T1E = kept_experts(logits_T1E, context, probability=probability, site="mlp_expert")
-        choice = choose(logits_T1E, top_k=self.config.top_k, kept_THE=kept_T1E)
+        logits_T1E, carry_TX = self._score(x_TD, carry_TX)
+        choice = self.selection(logits_T1E, x_TD, context, self.statistics)
         (exchange,) = self.dispatcher.plan(self._routing(choice))
 
-        # dispatch, grouped_matmul twice, combine
-        rows_TD = x_TD if raw_BSD is None else raw_BSD.reshape(-1, d_model)
-        arriving = self.dispatcher.dispatch(exchange, rows_TD, label="mlp")
+        # dispatch; under it what needs no expert
+        arriving = self.dispatcher.dispatch(exchange, raw_BSD.reshape(-1, d_model), label="mlp")
+        marking = self._mark(exchange, context, length)
         gathering = self.dispatcher.weights(exchange)
-        spreads = {}
-        if self.config.entropy_weight > 0:
-            spreads["mlp"] = batch_spread(logits_T1E, self.statistics, weight=self.config.entropy_weight)
-        (rows_RD, plan), weights = arriving.wait(), gathering.wait()
-        partials_PD = gated_mlp(rows_RD, weights["up"], weights["down"], plan, backend=self.place.backend)
-        y_TD = self.dispatcher.combine(exchange, partials_PD, label="mlp").wait()
-
+        shared_BSD = self._shared(raw_BSD, context) if self.config.num_shared_experts else None
+        losses = self._regularise(logits_T1E.view(batch, length, *logits_T1E.shape[1:]), choice)
         reports = {"mlp": report(logits_T1E, choice)}
-        return LayerOutput(y_TD.view(batch, length, d_model), spreads=spreads, reports=reports)
+
+        # grouped_matmul twice, combine
+        (rows_RD, plan), weights = arriving.wait(), gathering.wait()
+        factors_CF = None if marking is None else self._factors(marking.wait()[0], plan)
+        partials_PD = gated_mlp(
+            rows_RD, weights["up"], weights["down"], plan, backend=self.place.backend, factors_CF=factors_CF
+        )
+        y_BSD = self.dispatcher.combine(exchange, partials_PD, label="mlp").wait().view(batch, length, d_model)
+        if shared_BSD is not None:
+            y_BSD = y_BSD + shared_BSD
+        return LayerOutput(y_BSD, losses.load, spreads=losses.spreads, reports=reports, carry_TX=carry_TX)
+
+    @property
+    def balances(self) -> bool:
+        """The layer wants to be told the loads of each optimizer step."""
+        return self.config.balance == "bias"
+
+    def balance(self, reports: Mapping[str, RouterReport]) -> None:
+        """Moves the bias by one step's loads over all ranks."""
+        self.selection.move_bias(reports["mlp"])
+
+    def _score(self, x_TD: Tensor, carry_TX: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits (T, 1, E) and what the next layer's router is handed."""
+        if self.config.router == "recurrent":
+            return self.router(x_TD, carry_TX)
+        if self.config.router == "average_keys":
+            averages_LD = self.experts.weights()["up"].mean(-1)
+            averages_ED = self.dispatcher.gather(self.experts, averages_LD, label="mlp").wait()
+            return average_key_logits(x_TD, averages_ED), carry_TX
+        return self.router(x_TD), carry_TX
+
+    def _regularise(self, logits_BS1E: Tensor, choice: Choice) -> _Losses:
+        weights, spreads, load = self.config.loss_weights(), {}, ()
+        logits_T1E = logits_BS1E.flatten(0, 1)
+        if weights.entropy > 0 and self.config.entropy_over == "sequence":
+            spreads["mlp"] = sequence_spread(logits_BS1E, self.statistics, weight=weights.entropy)
+        elif weights.entropy > 0:
+            spreads["mlp"] = batch_spread(logits_T1E, self.statistics, weight=weights.entropy)
+        if weights.load > 0:
+            reading = self.config.load_reading or "paper"
+            load = (load_loss(logits_T1E, choice, self.statistics, weight=weights.load, reading=reading),)
+        return _Losses(load, spreads)
+
+    def _shared(self, x_BSD: Tensor, context: BatchContext) -> Tensor:
+        """The experts that every token visits, as one dense layer."""
+        hidden_BSF = self.shared_up(x_BSD).relu()
+        if self.training:
+            probability = self.config.hidden_dropout
+            hidden_BSF = dropout(hidden_BSF, context, probability=probability, site="mlp_shared_hidden")
+        return self.shared_down(hidden_BSF)
+
+    def _mark(self, exchange: Any, context: BatchContext, length: int) -> Pending[tuple[Tensor, LocalPlan]] | None:
+        """Sends each token's hash to its experts, where hidden activations are dropped: 8 bytes a copy, as float64, never rounded."""
+        if not self.training or self.config.hidden_dropout == 0.0:
+            return None
+        hashes_T1 = token_hashes(context, length, site="mlp_expert_hidden").double().view(-1, 1)
+        return self.dispatcher.dispatch(exchange, hashes_T1, label="mlp_hashes")
+
+    def _factors(self, hashes_R1: Tensor, plan: LocalPlan) -> Tensor:
+        return hidden_factors(
+            hashes_R1,
+            plan,
+            first_group=self.experts.first_group,
+            channels=self.config.expert_dim,
+            probability=self.config.hidden_dropout,
+        )
 
     def _routing(self, choice: Choice) -> Routing:
         """Reads the token and writes the token."""

@@ -71,7 +71,7 @@ class Block(DeclaringModule):
             spreads=_together(mixed.spreads, fed.spreads),
             reports=_together(mixed.reports, fed.reports),
             updates=_together(mixed.updates, fed.updates),
-            carry_TX=fed.carry_TX,
+            carry_TX=carry_TX if fed.carry_TX is None else fed.carry_TX,
         )
 
     def _drop(self, y_BSD: Tensor, context: BatchContext, *, site: str) -> Tensor:

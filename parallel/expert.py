@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.dispatch import LocalPlan, Ready, Routing, group_ends
+from model.parameters import ExpertBank
 from parallel.all_to_all import all_to_all_rows, exchange_counts
 
 
@@ -97,6 +98,13 @@ class AllToAllDispatcher:
 
     def weights(self, exchange: Exchange) -> Ready[dict[str, Tensor]]:
         return Ready(exchange.routing.bank.weights())
+
+    def gather(self, bank: ExpertBank, rows: Tensor, *, label: str) -> Ready[Tensor]:
+        """Rows (L, X) to every rank of the expert group, L * X elements to each; back come its gradients, summed in their order."""
+        with torch.profiler.record_function(f"gather/{label}"):
+            each = [len(rows)] * self.ranks
+            rows_GX = all_to_all_rows(rows.repeat(self.ranks, 1), send=each, receive=each, group=self.group)
+        return Ready(rows_GX[: bank.num_groups])
 
 
 def _as_matmul_input(rows: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Called by launcher/main.py (load) and train/run.py (world, resume, the copy in t
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -18,6 +18,7 @@ from model.section import Section
 from parallel.config import ParallelConfig, ProcessInfo, resolve_ep_size, resolve_node_size
 from train.config_errors import sections, validate
 from train.config_file import Tree, read_tree, yaml_text
+from train.match import solve_match
 
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0.0)]
@@ -122,6 +123,10 @@ class Config(Section):
                 f"optim.warmup_steps must be below run.steps, but warmup_steps is {self.optim.warmup_steps} and steps is "
                 f"{self.run.steps}: lower optim.warmup_steps or raise run.steps"
             )
+        if self.model.match is not None:
+            raise ValueError(
+                "model.match is solved while a config file is loaded, but it is still there in one that was not loaded: give the sizes"
+            )
         self._lengths_and_memory_fit()
         # With one process only the division into micro-steps is checked; check_world asks again with their number.
         check_layout(self.data, accumulation_steps=self.optim.accumulation_steps, num_ranks=1)
@@ -138,8 +143,8 @@ class Config(Section):
             )
         if memory and self.data.document_mask is True:
             raise ValueError(
-                f"memory crosses the ends of documents, but data.document_mask is true and memory_blocks is {max(memory.values())}: "
-                "set data.document_mask to auto or false, or memory_blocks to 0"
+                f"memory crosses the ends of documents, but data.document_mask is true and memory_blocks of the mixers is "
+                f"{max(memory.values())}: set data.document_mask to auto or false, or memory_blocks to 0"
             )
         rows = self.data.global_batch_size // self.optim.accumulation_steps
         if memory and self.data.streams % rows:
@@ -175,9 +180,23 @@ class Difference:
         return f"{self.key} was {self.old} and is {self.new}"
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """The config in a YAML file with `a.b=c` overrides over it. ValueError, one sentence, for anything wrong in them."""
-    return validate(Config, read_tree(path, overrides=overrides, sections=sections(Config)))
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, say: Callable[[str], None] = lambda sentence: None
+) -> Config:
+    """The config in a YAML file with `a.b=c` overrides over it; what `model.match` asks for is solved, and `say` told how well.
+
+    ValueError, one sentence, for anything wrong in them.
+    """
+    tree = read_tree(path, overrides=overrides, sections=sections(Config))
+    solved = solve_match(tree, load=_load_unmatched)
+    if solved.sentence is not None:
+        say(solved.sentence)
+    return validate(Config, solved.tree)
+
+
+def _load_unmatched(path: str) -> Config:
+    """A config that another one is matched to: it may ask for a number of parameters, but not for those of a third."""
+    return validate(Config, solve_match(read_tree(path, overrides=(), sections=sections(Config)), load=None).tree)
 
 
 def check_world(config: Config, info: ProcessInfo) -> Layout:

@@ -1,16 +1,26 @@
-"""The held-out loss: every target scored once, in the same rows at any layout (data/loader.py cuts them)."""
+"""The held-out loss: every target scored once, in the same rows at any layout (data/loader.py cuts them).
 
+Called by train/run.py during a run; `python -m train.evaluate --run DIR` scores what a run has saved, on one process.
+"""
+
+import argparse
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from data.loader import Batch
+from data.index import check_tokenizer, open_index
+from data.loader import Batch, heldout_batches
 from model.loss import IGNORED, cross_entropy_sum
 from model.memory import StreamMemory
-from train.engine import Engine, World
+from train.build import build_memory
+from train.config import read_saved
+from train.engine import Engine, LocalMesh, PlainEngine, World
 from train.step import StepSettings, forward
+from train.trained import Trained, load_run
 
 
 @dataclass(frozen=True)
@@ -57,3 +67,76 @@ def evaluate(
 def bits_per_byte(nats: float, num_bytes: float) -> float:
     """Cross-entropy in bits for each byte of text; end tokens count their nats but no bytes."""
     return nats / math.log(2) / max(1, num_bytes)
+
+
+def score(
+    trained: Trained, *, device: torch.device, heldout: str, max_tokens: int, memory_blocks: int | None
+) -> Evaluation:
+    """The held-out loss of a saved run on one process, in the rows of its own evaluations.
+
+    heldout: folder of shards. memory_blocks: None for as many as in training.
+
+    Raises:
+        ValueError: the shards have another tokenizer, or memory is asked of a model without memory.
+    """
+    values = trained.config.model_dump(mode="json")
+    values["eval"] |= {"max_tokens": max_tokens, "memory_blocks": memory_blocks}
+    values["data"]["heldout"] = heldout
+    config = read_saved(values)
+    index, world = open_index(heldout), LocalMesh(device)
+    check_tokenizer(index, trained.tokenizer.tokenizer_id)
+    accumulation_steps = config.optim.accumulation_steps
+    batches = heldout_batches(
+        config.data, index, max_tokens=max_tokens, accumulation_steps=accumulation_steps, rank=0, num_ranks=1
+    )
+    engine = PlainEngine(
+        trained.model,
+        torch.optim.SGD(trained.model.parameters(), lr=0.0),
+        clip_grad_norm=0.0,
+        accumulation_steps=accumulation_steps,
+        dtype=getattr(torch, config.run.dtype),
+    )
+    settings = StepSettings(accumulation_steps, config.run.seed, config.mask_documents)
+    memory = build_memory(config, world, evaluation=True)
+    return evaluate(engine, batches, world, settings, step=trained.step, memory=memory)
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    """The command: prints the loss; 0 when done, 1 or 2 with one sentence when it cannot."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.evaluate", description="The held-out loss of the newest checkpoint of a run."
+    )
+    add = parser.add_argument
+    add("--run", required=True, type=Path, metavar="DIR", help="the run's folder (run.dir)")
+    add("--heldout", metavar="DIR", help="shards to score (default: data.heldout of the run)")
+    add("--max-tokens", type=int, metavar="N", help="targets to score at most (default: eval.max_tokens of the run)")
+    add(
+        "--memory-blocks",
+        type=int,
+        metavar="C",
+        help="rows of memory, for mixers with memory (default: as in training)",
+    )
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(command_line)
+    try:
+        device = torch.device(args.device)
+        trained = load_run(args.run, device=device)
+        found = score(
+            trained,
+            device=device,
+            heldout=args.heldout or trained.config.data.heldout,
+            max_tokens=args.max_tokens or trained.config.eval.max_tokens,
+            memory_blocks=args.memory_blocks,
+        )
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    print(
+        f"{trained.path}: loss {found.loss:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte, "
+        f"{found.num_targets:,} tokens, memory_blocks {'as in training' if args.memory_blocks is None else args.memory_blocks}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

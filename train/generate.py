@@ -1,11 +1,13 @@
 """The command that writes text with a trained model: `python -m train.generate --run DIR --prompt "..."`.
 
-Owns the sampling and the streaming of text. The model comes from the newest whole checkpoint of a run folder, the arithmetic of one
-token after another from model/decode.py. One process; changes nothing in the folder.
+Owns the sampling and the streaming of text. The model comes from train/trained.py, the arithmetic of one token after another from
+model/decode.py. One process.
 """
 
 import argparse
 import codecs
+import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.tokenizer import Tokenizer, load_tokenizer
 from model.decode import Decoder
-from model.transformer import Transformer
-from train import checkpoint
-from train.build import load_model
-from train.config import Config, read_saved
 from train.engine import autocast
-from train.run_folder import RunFolder
+from train.trained import Trained, load_run
 
 
 @dataclass(frozen=True)
@@ -33,48 +30,16 @@ class Sampling:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not (self.temperature == 0 or 1e-3 <= self.temperature < math.inf):
             raise ValueError(
-                f"--temperature must be at least 0, but it is {self.temperature}: 0 takes the likeliest token"
+                f"--temperature must be 0 or at least 0.001, but it is {self.temperature}: 0 takes the likeliest token"
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p must be above 0 and at most 1, but it is {self.top_p}: 1 draws among all tokens")
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run as it was saved last."""
-
-    path: Path
-    step: int
-    config: Config
-    tokenizer: Tokenizer
-    model: Transformer
-
-
-def load_run(folder: Path, *, device: torch.device) -> Trained:
-    """The newest whole checkpoint of a run folder, with its tokenizer.
-
-    Raises:
-        ValueError: there is no checkpoint in the folder, or the tokenizer is not that of the run.
-        RuntimeError: no checkpoint is whole.
-    """
-    run = RunFolder(folder)
-    newest = checkpoint.latest(run.checkpoints)
-    if newest is None:
-        raise ValueError(
-            f"--run must name the folder of a run that was saved, but {run.checkpoints} holds no checkpoint"
-        )
-    state = checkpoint.read_state(newest)
-    config = read_saved(state.config)
-    tokenizer = load_tokenizer(run.tokenizer)
-    if tokenizer.tokenizer_id != state.extra["tokenizer_id"]:
-        raise ValueError(
-            f"{run.tokenizer} must be the tokenizer of the run, but it is {tokenizer.tokenizer_id} and {newest} was trained with "
-            f"{state.extra['tokenizer_id']}: restore it from the run's shards"
-        )
-    model = load_model(newest, config, vocab_size=tokenizer.vocab_size, device=device)
-    return Trained(newest, state.step, config, tokenizer, model)
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(
+                f"--seed must be at least 0 and below 2**63, but it is {self.seed}: choose a smaller number"
+            )
 
 
 def generate(trained: Trained, prompt: str, sampling: Sampling, *, max_tokens: int) -> Iterator[int]:
@@ -142,13 +107,25 @@ def main(command_line: Sequence[str] | None = None) -> int:
     args = parse_arguments(command_line)
     try:
         sampling = Sampling(args.temperature, args.top_p, args.seed)
+        _check_text(args)
         trained = load_run(args.run, device=torch.device(args.device))
         print(f"{trained.path}, after {trained.step} steps:", file=sys.stderr)
         _stream(trained, args.prompt, sampling, max_tokens=args.max_tokens)
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except BrokenPipeError:  # the reader has seen enough; Python would complain again when it closes the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _check_text(args: argparse.Namespace) -> None:
+    if args.max_tokens < 1:
+        raise ValueError(
+            f"--max-tokens must be at least 1, but it is {args.max_tokens}: give the number of tokens to write"
+        )
+    if any("\ud800" <= character <= "\udfff" for character in args.prompt):
+        raise ValueError("--prompt must be text in UTF-8, but some of its bytes are not: check the terminal's encoding")
 
 
 def _stream(trained: Trained, prompt: str, sampling: Sampling, *, max_tokens: int) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from model.router import RouterReport
+from model.router import RouterReport, load_spread
 from train.engine import World
 from train.evaluate import Evaluation, bits_per_byte
 from train.run_folder import RunFolder, explained, replace_file
@@ -45,7 +45,8 @@ def router_record(reports: dict[str, RouterReport]) -> dict[str, dict[str, float
     """Per router, of one step over all ranks (reports already summed over them).
 
     load_max_over_mean: copies of the busiest expert over the mean of all (1 is balanced). dead_experts: experts without a copy.
-    entropy: nats, of the mean softmax over the head's experts, averaged over heads (log E is uniform).
+    entropy: nats, of the mean softmax over the head's experts, averaged over heads (log E is uniform). load_spread: of the head where it
+    is least, 0 where K experts take everything, 1 where all are used alike.
     """
     record = {}
     for name, report in reports.items():
@@ -56,6 +57,7 @@ def router_record(reports: dict[str, RouterReport]) -> dict[str, dict[str, float
             "load_max_over_mean": float(report.count_G.max() / report.count_G.mean()),
             "dead_experts": int((report.count_G == 0).sum()),
             "entropy": float(entropy_H.mean()),
+            "load_spread": float(load_spread(report).min()),
         }
     return record
 

@@ -15,10 +15,12 @@ from train.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Named groups: matrices that decay, and the rest. Routers, norms and biases never decay (specs of arXiv 2312.07987, P18)."""
+    """Named groups: matrices that decay, and the rest. Routers, norms and biases never decay (specs of arXiv 2312.07987, P18), nor
+    does what is declared so.
+    """
     decaying, others = [], []
     for parameter in logical_parameters(model):
-        decays = len(parameter.spec.shape) > 1 and not isinstance(parameter.module, Router)
+        decays = parameter.spec.decays and len(parameter.spec.shape) > 1 and not isinstance(parameter.module, Router)
         (decaying if decays and weight_decay > 0 else others).append(parameter.tensor)
     groups = [
         {"name": "decay", "params": decaying, "weight_decay": weight_decay},

@@ -7,14 +7,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
 
 from data.index import check_tokenizer
 from data.loader import Batch, heldout_batches, train_batches
+from model.cost_table import model_table, table_text
 from model.memory import StreamMemory
 from model.parameters import count_parameters, states_of
+from model.router import collapse_alarm
+from model.selection import bias_ranges
 from parallel.config import ProcessInfo
 from train import checkpoint
 from train.build import Data, build_memory, build_model, notes, open_data, open_world, set_up_torch
@@ -93,7 +97,7 @@ def run(config: Config, info: ProcessInfo) -> None:
 
 
 def dry_run(config: Config, info: ProcessInfo) -> None:
-    """Prints the resolved config and the model's size; starts nothing and writes nothing.
+    """Prints the resolved config and the table of the model, as one YAML text; starts nothing and writes nothing.
 
     Raises:
         ValueError: what `run` would refuse before its first step; model.vocab_size is null and there are no shards to ask.
@@ -104,6 +108,8 @@ def dry_run(config: Config, info: ProcessInfo) -> None:
     if info.rank == 0:
         print(to_yaml(config), end="")
         print(f"# vocabulary: {vocab_size:,} tokens\n# parameters: {count_parameters(model):,}")
+        length = config.data.sequence_length
+        print(indent(table_text(model_table(model, length=length), length=length), "# "))
 
 
 def restore(job: Job) -> Progress:
@@ -212,7 +218,12 @@ def _measure(
         tokens=done.position * job.config.data.sequence_length,
         tokens_per_second=rows_per_second * job.config.data.sequence_length,
     )
-    record["routers"] = router_record(total_reports(result.reports, job.world))
+    reports = total_reports(result.reports, job.world)
+    record["routers"] = router_record(reports)
+    if alarm := collapse_alarm(reports):
+        job.reporter.say(f"step {done.step}: {alarm}")
+    if ranges := bias_ranges(job.engine.model):
+        record["bias_ranges"] = ranges
     if evaluates:
         heldout = read_together(job.world, _heldout_batches(job))
         memory = build_memory(job.config, job.world, evaluation=True)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from model.cost import Cost, Work
 from model.hsm.schedule import KIND, Hybrid, Schedule, Wrap, largest_num_shifts
 from model.section import MixerSection, Place, Size
 
 if TYPE_CHECKING:
+    from model.cost import Cost
     from model.hsm.layer import HSM
 
 Variant = Literal[
@@ -101,7 +101,21 @@ class HSMConfig(MixerSection):
         return tuple(schedule.shift(mixers, depth=depth, head=head) for head in range(heads or 1))
 
     def check_length(self, length: int, mixers: tuple[str, ...]) -> None:
-        """ValueError where a layer would shift by a whole row of `length` tokens or more: it would never see another token."""
+        """ValueError where a layer would shift by a whole row of `length` tokens or more: it would never see another token.
+
+        And where a setting of the schedule has nothing to act on in these layers.
+        """
+        if self.hybrid_shift == "skip" and set(mixers) == {KIND}:
+            raise ValueError(
+                "hybrid_shift says what layers of other mixers do to the schedule, but model.hsm.hybrid_shift is skip and model.mixers "
+                "names hsm alone: remove hybrid_shift"
+            )
+        slots = len(mixers) if self.hybrid_shift == "skip" else mixers.count(KIND)
+        if self.wrap is not None and self.head_shifts != "own" and slots <= (self.num_shifts or 0):
+            raise ValueError(
+                f"wrap says what comes after num_shifts layers, but model.hsm.wrap is {self.wrap}, num_shifts is {self.num_shifts} and "
+                f"there are {slots} layers of hsm: remove wrap, or lower num_shifts"
+            )
         for depth, kind in enumerate(mixers):
             largest = max(self.shifts(mixers, depth=depth)) if kind == KIND else 0
             if largest >= length:
@@ -117,26 +131,7 @@ class HSMConfig(MixerSection):
 
         return HSM(self, place)
 
-    def cost(self, place: Place, *, length: int) -> Cost:
-        """By the table of docs/hsm.md. A product of a vector with a gate or a factor is one multiply-accumulate per channel."""
-        D, H, F = place.d_model, self.num_heads or 1, self.hidden_dim or 0
-        weights, inner = {  # per token: matrices and factors, which are also the multiply-accumulates; numbers written inside
-            "constant": (2, 0),
-            "vector": (2 * D, 0),
-            "multihead": (2 * H, 0),
-            "matrix_scalar": (D * D + 1, D),
-            "matrix": (2 * D * D, D),
-            "multihead_matrix": (2 * D * D // H, D),
-            "single_gate": (2 * D * D, D),
-            "double_gate": (4 * D * D, 2 * D),
-            "fusion": (3 * D * F, F),
-        }[self.variant]
-        biases = {"double_gate": 2 * D, "fusion": F + D, "constant": 0, "vector": 0, "multihead": 0}.get(self.variant, D)
-        scaled = {"constant": 2 * D, "vector": 2 * D, "multihead": 2 * D, "matrix_scalar": D * D + D}
-        gates = 2 * D if self.variant in ("single_gate", "double_gate") else 0
-        shifts = self.shifts(place.mixers, depth=place.depth)
-        return Cost(
-            weights + (biases if self.bias is not False else 0),
-            Work((scaled.get(self.variant, weights) + gates) * length, (D + inner) * length),
-            decode_floats=sum(shifts) * D // len(shifts),
-        )
+    def cost(self, place: Place, *, length: int) -> "Cost":
+        from model.hsm.cost import hsm_cost
+
+        return hsm_cost(self, place, length=length)

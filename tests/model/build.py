@@ -3,6 +3,7 @@
 Layers are handed out as Any: to a type checker every attribute of a torch module may be a tensor or a module.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -241,13 +242,15 @@ def losses_of(result: LayerOutput) -> tuple[Tensor, ...]:
 
 
 class Recorded:
-    """The outputs of a module's forward passes, kept with their gradients."""
+    """The outputs of a module's forward passes, or the `part` of each that is asked for, kept with their gradients."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, part: Callable[[Any], Tensor] = lambda output: output) -> None:
         self.outputs: list[Tensor] = []
+        self.part = part
         module.register_forward_hook(self._keep)
 
-    def _keep(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _keep(self, _module: nn.Module, _inputs: tuple[Any, ...], result: Any) -> None:
+        output = self.part(result)
         if output.requires_grad:
             output.retain_grad()
         self.outputs.append(output)

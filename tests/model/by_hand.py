@@ -167,6 +167,31 @@ def sigma_moe(x_SD: Tensor, *, up_EDF: Tensor, down_EFD: Tensor, router_ED: Tens
     return y_SD
 
 
+def routed_mlp(x_SD: Tensor, *, up_EDF: Tensor, down_EFD: Tensor, logits_SE: Tensor, top_k: int, gates: str) -> Tensor:
+    """The layer with the gates of another router, on the experts' outputs; gates: softmax before or after the top-k, or open."""
+    y_SD = torch.zeros_like(x_SD)
+    for i, (x_D, logits_E) in enumerate(zip(x_SD, logits_SE, strict=True)):
+        chosen = best(logits_E, top_k)
+        powers = torch.exp(logits_E)
+        total = {"before": powers.sum(), "after": powers[chosen].sum()}.get(gates)
+        for e in chosen:
+            share = torch.ones(()) if total is None else powers[e] / total
+            y_SD[i] += share * ((x_D @ up_EDF[e]).clamp(min=0) @ down_EFD[e])
+    return y_SD
+
+
+def sinkhorn(logits_TE: Tensor, *, iterations: int) -> Tensor:
+    """The matrix exp(logits) whose rows are scaled to sum 1, then its columns to sum T / E, again and again, number by number."""
+    matrix = logits_TE.exp()
+    num_rows, num_columns = matrix.shape
+    for _ in range(iterations):
+        for t in range(num_rows):
+            matrix[t] /= matrix[t].sum()
+        for e in range(num_columns):
+            matrix[:, e] *= num_rows / num_columns / matrix[:, e].sum()
+    return matrix
+
+
 def dense_mlp(x_SD: Tensor, *, up_DF: Tensor, down_FD: Tensor) -> Tensor:
     return (x_SD @ up_DF).clamp(min=0) @ down_FD
 

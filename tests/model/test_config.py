@@ -63,7 +63,7 @@ def test_a_clash_inside_the_section_is_one_sentence_with_both_values_and_the_rem
         ({"switchhead": SWITCHHEAD | {"expert_dropout": 1.0}}, ("switchhead", "expert_dropout")),
         ({"switchhead": SWITCHHEAD | {"positions": "alibi"}}, ("switchhead", "positions")),
         ({"sigma_moe": SIGMA_MOE | {"entropy_weight": -1e-4}}, ("sigma_moe", "entropy_weight")),
-        ({"sigma_moe": SIGMA_MOE | {"router": "softmax"}}, ("sigma_moe", "router")),
+        ({"sigma_moe": SIGMA_MOE | {"router": "nearest"}}, ("sigma_moe", "router")),
     ],
 )
 def test_a_bad_field_is_one_error_at_its_own_place(changes: dict[str, Any], where: tuple[str | int, ...]):

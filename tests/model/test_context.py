@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.context import BatchContext, dropout, keep_mask
+from model.context import BatchContext, dropout, gaussian_noise, hash_with, keep_channels, keep_mask, token_hashes
 from tests.model.build import context, normal
 
 SIZE = 64  # of each axis of the masks whose statistics are taken: 262,144 bits, so a correlation has a spread of 1/512
@@ -107,3 +107,34 @@ def test_a_context_never_changes():
     with pytest.raises(AttributeError):
         facts.step = 2  # type: ignore[misc]
     assert replace(facts, step=2).step == 2
+
+
+def test_noise_is_standard_normal_and_uncorrelated_along_every_axis():
+    noise = gaussian_noise(context(SIZE), SIZE, SIZE, site="mlp_noise").double()
+    assert noise.shape == (SIZE, SIZE, SIZE)
+    count = noise.numel()
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs((noise**power).mean() - moment) < 5 * (variance / count) ** 0.5
+    assert noise.abs().max() > 4
+    for axis in range(3):
+        assert abs(correlation(noise.narrow(axis, 0, SIZE - 1), noise.narrow(axis, 1, SIZE - 1))) < FIVE_SIGMA
+
+
+def test_noise_is_a_function_of_seed_step_site_depth_and_the_coordinates():
+    noise = gaussian_noise(context([5, 2**40]), 6, 7, site="mlp_noise")
+    assert torch.equal(gaussian_noise(context([2**40]), 4, 7, site="mlp_noise")[0], noise[1, :4])
+    others = [context([5, 2**40], seed=3), context([5, 2**40], step=3), context([5, 2**40], depth=3)]
+    for other in (
+        *(gaussian_noise(facts, 6, 7, site="mlp_noise") for facts in others),
+        gaussian_noise(context([5, 2**40]), 6, 7, site="x"),
+    ):
+        assert not torch.isclose(other, noise).any()
+
+
+def test_a_mask_made_from_the_hashes_of_tokens_far_from_their_context_is_the_one_made_with_it():
+    hashes = token_hashes(context([5, 2**40]), 6, site="mlp_expert_hidden")
+    assert torch.equal(hashes, hashes.double().long()), "they travel as float64"
+    expected = keep_mask(context([5, 2**40]), 6, 7, probability=0.5, site="mlp_expert_hidden")
+    assert torch.equal(keep_channels(hashes.flatten()[[3, 8]], 7, probability=0.5), expected.flatten(0, 1)[[3, 8]])
+    further = keep_channels(hash_with(hashes, torch.tensor(4)), 7, probability=0.5)
+    assert not torch.equal(further, expected)

@@ -37,6 +37,7 @@ WITH_MEMORY: dict[str, dict[str, Any]] = {
     "switchhead_rope": {"switchhead": SWITCHHEAD | {"memory_blocks": 2}},
     "top_k": {"attention": ATTENTION | {"memory_blocks": 1, "attend_top_k": 3, "attend_chunk": 2}},
     "hybrid": {"hsm": HSM, "switchhead": SWITCHHEAD | {"memory_blocks": 1}},
+    "unequal": {"switchhead": SWITCHHEAD | {"memory_blocks": 2}, "attention": ATTENTION | {"memory_blocks": 1}},
 }
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.context import hash_with, keep_channels, token_hashes
 from model.dispatch import LocalPlan
-from model.experts import gate_then_project, gated_mlp, project_then_gate
-from tests.model.build import normal
+from model.experts import gate_then_project, gated_mlp, hidden_factors, project_then_gate
+from tests.model.build import context, normal
 
 GROUP_SIZES = [3, 0, 4]
 ROW_OF_COPY = [0, 2, 1, 1, 1, 0, 3]
@@ -103,3 +104,37 @@ def test_copies_of_one_output_row_are_summed_in_float32_and_rounded_once(name: s
     assert dtypes == [torch.float32]
     assert found.dtype == torch.bfloat16
     assert found.item() == 300
+
+
+def test_factors_of_the_hidden_activations_are_applied_copy_by_copy():
+    rows, gates, factors = normal(4, 6), normal(7, seed=1), normal(7, 5, seed=8)
+    up, down = normal(3, 6, 5, seed=2), normal(3, 5, 6, seed=3)
+    expected = torch.zeros(5, 6, dtype=torch.float64)
+    for copy, (row, output, group) in enumerate(zip(ROW_OF_COPY, OUTPUT_OF_COPY, GROUP_OF_COPY, strict=True)):
+        expected[output] += gates[copy] * (((rows[row] @ up[group]).clamp(min=0) * factors[copy]) @ down[group])
+    found = gated_mlp(rows, up, down, plan(gates), backend="reference", factors_CF=factors)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("first_group", [0, 3])
+def test_the_mask_of_a_copy_is_that_of_its_token_and_its_global_expert(first_group: int):
+    """The same copies held by a rank whose experts begin at 3: other experts, so other masks, and a token's experts differ."""
+    hashes = token_hashes(context([2, 2**35]), 2, site="mlp_expert_hidden").flatten()
+    found = hidden_factors(
+        hashes.double()[:, None], plan(torch.ones(7)), first_group=first_group, channels=6, probability=0.25
+    )
+    for copy, (row, group) in enumerate(zip(ROW_OF_COPY, GROUP_OF_COPY, strict=True)):
+        expert = hash_with(hashes[row], torch.tensor(first_group + group))
+        expected = keep_channels(expert, 6, probability=0.25).float() / 0.75
+        assert torch.equal(found[copy], expected)
+
+
+def test_an_owner_that_receives_nothing_has_no_factors():
+    found = hidden_factors(
+        torch.zeros(0, 1, dtype=torch.float64),
+        plan(torch.ones(0), num_copies=0),
+        first_group=0,
+        channels=6,
+        probability=0.5,
+    )
+    assert found.shape == (0, 6)

@@ -1,13 +1,25 @@
 """Selection, gates, expert dropout, the entropy regulariser and the two router initialisations."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from model.parameters import materialize
-from model.router import Router, batch_spread, choose, entropy_loss, kept_experts, sigma_moe_rows, switchhead_rows
+from model.router import (
+    Router,
+    RouterReport,
+    batch_spread,
+    choose,
+    collapse_alarm,
+    entropy_loss,
+    kept_experts,
+    load_spread,
+    sigma_moe_rows,
+    switchhead_rows,
+)
 from model.statistics import LocalStatistics
 from tests.model import by_hand
 from tests.model.build import context, normal
@@ -113,6 +125,67 @@ def test_softmax_gates_are_the_shares_of_the_chosen_logits_also_where_an_expert_
     torch.testing.assert_close(choice.gates_THK.sum(-1), torch.ones(20, 3).double(), rtol=0, atol=1e-14)
     powers = logits.gather(-1, choice.experts_THK).exp()
     torch.testing.assert_close(choice.gates_THK, powers / powers.sum(-1, keepdim=True), rtol=1e-13, atol=0)
+
+
+def test_gates_over_all_experts_are_their_shares_and_open_ones_are_one():
+    logits, kept = normal(20, 3, 5), normal(20, 3, 5, seed=1) > 0
+    expected = choose(logits, top_k=2, kept_THE=kept).experts_THK
+    powers = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    wanted_by: dict[Any, Tensor] = {
+        "softmax_of_all": powers.gather(-1, expected),
+        "open": torch.ones(20, 3, 2).double(),
+    }
+    for gates, wanted in wanted_by.items():
+        choice = choose(logits, top_k=2, kept_THE=kept, gates=gates)
+        assert torch.equal(choice.experts_THK, expected)
+        torch.testing.assert_close(choice.gates_THK, wanted, rtol=1e-13, atol=0)
+
+
+def test_offsets_change_the_ranking_of_each_head_and_not_the_gates():
+    logits = normal(20, 3, 5)
+    offsets = torch.zeros(3, 5, dtype=torch.float64)
+    offsets[1, 4], offsets[2, 0] = 100.0, 100.0
+    choice = choose(logits, top_k=2, offsets_HE=offsets)
+    assert torch.equal(choice.experts_THK[:, 0], choose(logits, top_k=2).experts_THK[:, 0])
+    assert (choice.experts_THK[:, 1, 0] == 4).all()
+    assert (choice.experts_THK[:, 2, 0] == 0).all()
+    torch.testing.assert_close(choice.gates_THK, logits.gather(-1, choice.experts_THK).sigmoid())
+
+
+def report_of(counts_HE: list[list[float]], rows: int) -> RouterReport:
+    counts = torch.tensor(counts_HE)
+    return RouterReport(counts.flatten(), torch.full_like(counts, rows / counts.shape[1]).flatten(), torch.tensor(rows))
+
+
+@pytest.mark.parametrize(
+    ("counts", "rows", "expected"),
+    [
+        pytest.param([[12.0, 12.0, 12.0, 12.0]], 24, [1.0], id="even"),
+        pytest.param([[24.0, 24.0, 0.0, 0.0]], 24, [0.0], id="two_experts_take_every_row"),
+        pytest.param([[24.0, 0.0, 0.0, 0.0], [6.0, 6.0, 6.0, 6.0]], 24, [0.0, 1.0], id="one_of_two_heads"),
+        pytest.param([[24.0, 24.0]], 24, [1.0], id="nothing_to_choose"),
+        pytest.param([[8.0, 8.0, 8.0, 0.0]], 24, [2 / 3], id="three_of_four_by_one"),
+        pytest.param([[1.0, 1.0] + [0.0] * 98], 2, [1.0], id="more_experts_than_copies"),
+        pytest.param([[0.0, 0.0, 0.0]], 0, [1.0], id="no_rows"),
+    ],
+)
+def test_the_load_spread_is_0_where_k_experts_take_all_and_1_where_loads_are_even(counts, rows: int, expected):
+    torch.testing.assert_close(load_spread(report_of(counts, rows)), torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+def test_the_collapse_alarm_names_the_layers_whose_experts_are_idle_and_the_remedy():
+    reports = {
+        "layers.0.feedforward.mlp": report_of([[12.0, 12.0, 12.0, 12.0]], 24),
+        "layers.3.feedforward.mlp": report_of([[24.0, 23.0, 1.0, 0.0]], 24),
+        "layers.4.mixer.value": report_of([[6.0, 6.0, 6.0, 6.0], [24.0, 0.0, 0.0, 0.0]], 24),
+    }
+    alarm = collapse_alarm(reports)
+    assert alarm is not None
+    assert "layers.3.feedforward.mlp (0.0" in alarm
+    assert "layers.4.mixer.value (0.000)" in alarm
+    assert "layers.0" not in alarm
+    assert "raise the layer's entropy_weight" in alarm
+    assert collapse_alarm({name: reports[name] for name in ("layers.0.feedforward.mlp",)}) is None
 
 
 @pytest.mark.parametrize(

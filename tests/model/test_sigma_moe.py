@@ -151,7 +151,9 @@ def test_a_token_is_evaluated_alike_whatever_tokens_it_is_batched_with():
 
 def test_expert_dropout_changes_the_ranking_only():
     """With K = E nothing can be dropped, and neither a gate nor the scale of the rest changes."""
-    plain, dropping, x = sigma_moe(top_k=5), sigma_moe(top_k=5, expert_dropout=0.7).train(), normal(2, 6, 6)
+    plain, dropping, x = sigma_moe(top_k=5), sigma_moe(top_k=5).train(), normal(2, 6, 6)
+    unchecked = dropping.config.model_copy(update={"expert_dropout": 0.7})  # a config refuses it
+    dropping.selection.config = unchecked
     torch.testing.assert_close(dropping(x, context(2)).y_BSD, plain(x, context(2)).y_BSD, rtol=0, atol=1e-13)
 
 

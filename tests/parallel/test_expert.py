@@ -149,6 +149,36 @@ def test_the_counts_of_all_routings_of_a_plan_travel_in_one_exchange(pool):
     assert pool(2).run(collectives_of_a_plan) == [1, 1]
 
 
+def gathered(ep_size: int) -> dict[str, np.ndarray]:
+    """Rows of this rank's groups, given to all; each rank uses what it gets in its own way. Padding is NaN: it must not be read."""
+    with open_world(ep_size) as mesh:
+        bank = ExpertBank(GROUPS, {})
+        bank.shard(rank=mesh.ep_rank, size=ep_size)
+        rows = _slice(weights()[0][:, :, 0], bank.first_group, bank.num_local).requires_grad_()
+        found = AllToAllDispatcher(mesh.expert_group).gather(bank, rows, label="test").wait()
+        (found * _use(mesh.rank)).square().sum().backward()
+        assert rows.grad is not None
+        return {"found": found.detach().numpy(), "gradient": rows.grad.numpy()}
+
+
+def _use(rank: int) -> torch.Tensor:
+    return torch.randn(GROUPS, D, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("processes", "ep_size"), [(2, 2), (4, 4), (4, 2)])
+def test_gather_gives_all_groups_in_their_order_and_sums_the_gradients_of_its_users(pool, processes, ep_size):
+    seen = pool(processes).run(gathered, ep_size)
+    expected = weights()[0][:, :, 0]
+    for first in range(0, processes, ep_size):
+        group = range(first, first + ep_size)
+        for rank in group:
+            np.testing.assert_array_equal(seen[rank]["found"], expected.numpy())
+        gradient = np.concatenate([seen[rank]["gradient"] for rank in group])
+        wanted = sum(2 * expected * _use(rank).square() for rank in group)
+        np.testing.assert_allclose(gradient[:GROUPS], wanted, rtol=1e-12)
+        assert not gradient[GROUPS:].any(), "padding has no gradient"
+
+
 def dtypes_summed_in() -> list[torch.dtype]:
     """Of the sums that combine makes of bfloat16 results."""
     dtypes = []

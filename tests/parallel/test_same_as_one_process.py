@@ -80,6 +80,9 @@ def test_bfloat16_layouts_equal_one_process_at_its_precision(pool, processes, ep
             assert error < 1.5 * usual, f"weight of {name}: off by {error}, one process by {usual}"
 
 
+PKM = {"num_keys": 3, "num_heads": 2, "top_k": 4}  # 9 values: one row of padding on 2 ranks
+PEER = {"num_experts": 9, "num_heads": 2, "top_k": 3, "key_dim": 6}
+
 VARIANTS = {
     "without clipping": Case(clip_grad_norm=0.0),
     "dropout and expert dropout": Case().with_model(
@@ -105,7 +108,39 @@ VARIANTS = {
     "shared over the depth": Case(accumulation_steps=2).with_model(
         num_layers=4, distinct_layers=2, norm="peri", switchhead={"entropy_weight": 1.0, "entropy_per_head": True}
     ),
+    "softmax router": Case().with_model(sigma_moe={"router": "softmax", "entropy_over": "sequence"}),
+    "softmax after top-k, shared experts, hidden dropout": Case().with_model(
+        sigma_moe={"router": "softmax_after", "num_shared_experts": 2, "hidden_dropout": 0.3}
+    ),
+    "switch": Case().with_model(sigma_moe={"router": "switch", "top_k": 1, "load_weight": 1.0}),
+    "sinkhorn": Case().with_model(sigma_moe={"router": "sinkhorn", "expert_dropout": 0.3}),
+    "noisy router": Case().with_model(sigma_moe={"router": "noisy"}),
+    "average keys": Case().with_model(sigma_moe={"router": "average_keys", "load_weight": 1.0}),
+    "recurrent router": Case().with_model(
+        sigma_moe={"router": "recurrent", "router_dim": 10, "load_weight": 1.0}, recompute=True
+    ),
+    "balancing bias": Case(accumulation_steps=2).with_model(
+        sigma_moe={"balance": "bias", "bias_update_speed": 0.2, "entropy_weight": 0.0},
+        switchhead={"entropy_weight": 1.0},
+    ),
     "shift mixing": Case().with_model(mixers=("hsm", "switchhead"), hsm={"variant": "double_gate"}),
+    "product-key memory": Case().with_model(feedforwards=("pkm",), sigma_moe=None, pkm=PKM),
+    "product-key memory, gated and shared": Case().with_model(
+        feedforwards=("pkm",),
+        sigma_moe=None,
+        pkm=PKM | {"scores": "relu", "key_dim": 6, "query_norm": "batch", "gated": True, "shared_values": True},
+    ),
+    "PEER": Case(accumulation_steps=2).with_model(feedforwards=("peer",), sigma_moe=None, peer=PEER, recompute=True),
+    "PEER, sigmoid, one pool": Case().with_model(
+        feedforwards=("peer",),
+        sigma_moe=None,
+        peer=PEER | {"scores": "sigmoid", "shared_keys": False, "query_norm": "layer", "shared_experts": True},
+    ),
+    "PEER, ReLU": Case().with_model(
+        feedforwards=("peer",),
+        sigma_moe=None,
+        peer=PEER | {"scores": "relu", "query_norm": "none", "activation": "relu"},
+    ),
 }
 
 

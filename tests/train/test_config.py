@@ -147,6 +147,40 @@ def test_a_config_never_changes() -> None:
         (["parallel.pp_size=2"], ["pp_size is 2", "not offered", "remove"]),
         (["model.switchhead.top_k=5"], ["model.switchhead", "top_k is 5", "num_experts is 4", "lower top_k"]),
         (["model.sigma_moe=null"], ["feedforwards names sigma_moe", "model.sigma_moe is missing"]),
+        (
+            ["optim.optimizer=sgd", "optim.betas=[0.8, 0.9]"],
+            ["betas belongs to adamw", "optimizer is sgd", "remove betas"],
+        ),
+        (["optim.optimizer=sgd", "optim.eps=1.0e-6"], ["eps belongs to adamw", "1e-06", "set optimizer to adamw"]),
+        (
+            ["model.switchhead.attend_top_k=300"],
+            ["attend_top_k is 300", "a row of 256 tokens", "lower attend_top_k"],
+        ),
+        (
+            ["model.mixers=[hsm]", "model.switchhead=null", "model.hsm.variant=constant", "data.sequence_length=8"],
+            ["layer 3", "shifts by 8", "data.sequence_length is 8", "num_shifts to 3"],
+        ),
+        (
+            ["model.switchhead.memory_blocks=1", "data.document_mask=true"],
+            ["data.document_mask is true", "memory_blocks of the mixers is 1", "auto or false"],
+        ),
+        (
+            ["model.switchhead.memory_blocks=1", "data.streams=8"],
+            ["is 16 and streams is 8", "a multiple of 16"],
+        ),
+        (
+            ["model.switchhead.expert_dropout=0.1", "model.switchhead.top_k=4"],
+            ["expert_dropout", "it is 0.1", "top_k is num_experts (4)", "lower top_k"],
+        ),
+        (
+            ["model.mixers=[hsm]", "model.switchhead=null", "model.hsm.hybrid_shift=skip"],
+            ["hybrid_shift is skip", "hsm alone", "remove hybrid_shift"],
+        ),
+        (
+            ["model.mixers=[hsm]", "model.switchhead=null", "model.hsm.num_shifts=4", "model.hsm.wrap=hold"],
+            ["wrap is hold", "num_shifts is 4", "4 layers of hsm", "lower num_shifts"],
+        ),
+        (["eval.memory_blocks=4"], ["eval.memory_blocks", "it is 4", "no mixer of ['switchhead']", "null"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -155,6 +189,17 @@ def test_a_clash_names_both_values_and_the_remedy(overrides: list[str], parts: l
     assert all(part in message for part in parts), message
     assert all(f"--set {override}" in message for override in overrides)  # where the clash came from
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "memory_blocks", "masked"),
+    [("auto", 0, True), ("auto", 1, False), ("true", 0, True), ("false", 0, False), ("false", 1, False)],
+)
+def test_attention_stays_inside_documents_unless_a_mixer_has_memory(
+    setting: str, memory_blocks: int, masked: bool
+) -> None:
+    overrides = [f"data.document_mask={setting}", f"model.switchhead.memory_blocks={memory_blocks}"]
+    assert load_config(TINY, overrides).mask_documents == masked
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Text from a checkpoint: what the next token sees, how it is drawn, and what the command prints."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,15 @@ import torch
 
 from data.prepare import main as prepare
 from data.tokenizer import bytes_tokenizer
-from model.context import BatchContext
+from model.context import BatchContext, Memory
+from model.decode import Decoder
 from parallel.config import ProcessInfo
 from train.config import Config
-from train.generate import Sampling, Trained, generate, load_run, main, sample
+from train.evaluate import main as evaluate_main
+from train.evaluate import score
+from train.generate import Sampling, generate, main, sample
 from train.run import run
+from train.trained import Trained, load_run
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0.0, top_p=1.0, seed=0)
@@ -24,18 +29,27 @@ MIXERS: dict[str, dict[str, Any]] = {
     "switchhead": {"switchhead": {"num_heads": 2, "head_dim": 8, "num_experts": 3, "top_k": 2}},
     "hsm": {"hsm": {"variant": "matrix"}},
 }
+WITH_MEMORY = {"attention": {"num_heads": 2, "head_dim": 8, "positions": "xl", "memory_blocks": 1}}
 
 
 @pytest.fixture(scope="module", params=MIXERS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_run(tmp_path_factory.mktemp("generate"), MIXERS[request.param])
+
+
+@pytest.fixture(scope="module")
+def folder_with_memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_run(tmp_path_factory.mktemp("generate"), WITH_MEMORY)
+
+
+def trained_run(place: Path, mixer: dict[str, Any], *, dtype: str = "float32") -> Path:
     """The folder of a run of four steps on texts of numbered lines, with characters of two bytes."""
-    place = tmp_path_factory.mktemp("generate")
     (place / "text.txt").write_text("".join(f"{number} abcdé\n" for number in range(3000)))
     shards = place / "shards"
     options = ["--out", str(shards), "--tokenizer", "bytes", "--workers", "1", "--document-bytes", "500"]
     assert prepare(["--source", str(place / "text.txt"), *options]) == 0
     values = {
-        "run": {"dir": str(place / "run"), "steps": 4, "seed": 3, "device": "cpu"},
+        "run": {"dir": str(place / "run"), "steps": 4, "seed": 3, "device": "cpu", "dtype": dtype},
         "data": {
             "shards": str(shards / "train"),
             "heldout": str(shards / "heldout"),
@@ -43,8 +57,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             "global_batch_size": 4,
             "streams": 4,
         },
-        "model": {"d_model": 16, "num_layers": 2, "mixers": [request.param], "feedforwards": ["dense_mlp"]}
-        | {"dense_mlp": {"hidden_dim": 24}, **MIXERS[request.param]},
+        "model": {"d_model": 16, "num_layers": 2, "mixers": [*mixer], "feedforwards": ["dense_mlp"]}
+        | {"dense_mlp": {"hidden_dim": 24}, **mixer},
         "parallel": {"zero_stage": 0},
         "optim": {"lr": 1e-2, "schedule": "constant"},
         "eval": {"max_tokens": 64},
@@ -73,12 +87,88 @@ def test_each_token_is_the_likeliest_after_the_prompt_and_those_before(trained: 
         seen.append(token)
 
 
-def test_an_empty_prompt_begins_a_document_as_the_training_saw_one_begin(trained: Trained):
+def test_an_empty_prompt_begins_a_document_as_the_training_saw_one_begin(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+):
     """After the end token of another document, which attention then no longer sees."""
+    drawn: list[torch.Tensor] = []
+
+    def first_of_all(logits_V: torch.Tensor, *_: Any) -> int:
+        drawn.append(logits_V)
+        return 5
+
+    monkeypatch.setattr("train.generate.sample", first_of_all)
+    list(generate(trained, "", GREEDY, max_tokens=2))
     end = trained.tokenizer.end_token
-    first, second = list(generate(trained, "", GREEDY, max_tokens=2))
-    assert first == int(after(trained, [end]).argmax())
-    assert second == int(after(trained, [first]).argmax())
+    torch.testing.assert_close(drawn[0], after(trained, [end]))
+    torch.testing.assert_close(drawn[1], after(trained, [5]))
+    assert not torch.allclose(drawn[1], after(trained, [end, 5]))
+
+
+def test_with_memory_a_token_sees_what_a_training_row_saw(folder_with_memory: Path):
+    """Its own row of 16 and the row before it, of a text of three rows: not the first of all."""
+    trained = load_run(folder_with_memory, device=CPU)
+    text = [trained.tokenizer.end_token, *(int(token) for token in trained.tokenizer.encode("12 abcdé\n" * 6))][:45]
+    found = next(generate(trained, trained.tokenizer.decode(text[1:]).decode(), GREEDY, max_tokens=1))
+    inputs: list[dict[int, torch.Tensor]] = []
+    with torch.no_grad():
+        for first in range(0, 45, 16):
+            states = inputs[-1] if inputs else {depth: torch.zeros(1, 16, 16) for depth in range(2)}
+            memory = Memory(states, torch.tensor([16 * len(inputs)]))
+            context = BatchContext(torch.zeros(1, dtype=torch.int64), None, 0, 0, memory)
+            output = trained.model(torch.tensor([text[first : first + 16]]), context)
+            inputs.append(output.layer_inputs)
+    assert found == int(output.logits_BSV[0, -1].argmax())
+    decoded = Decoder(trained.model, block_length=16).extend(torch.tensor([text]))
+    torch.testing.assert_close(decoded[0, -1], output.logits_BSV[0, -1], rtol=1e-4, atol=1e-4)
+    endless = Decoder(trained.model, block_length=1000).extend(torch.tensor([text]))
+    assert not torch.allclose(endless[0, -1], output.logits_BSV[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_decoder_of_a_run_has_the_rows_of_its_training(folder_with_memory: Path, monkeypatch: pytest.MonkeyPatch):
+    trained, lengths = load_run(folder_with_memory, device=CPU), []
+
+    class Watched(Decoder):
+        def __init__(self, model: Any, *, block_length: int) -> None:
+            lengths.append(block_length)
+            super().__init__(model, block_length=block_length)
+
+    monkeypatch.setattr("train.generate.Decoder", Watched)
+    list(generate(trained, "ab", GREEDY, max_tokens=1))
+    assert lengths == [16]
+
+
+def test_a_run_in_bfloat16_writes_in_bfloat16(tmp_path: Path):
+    trained = load_run(trained_run(tmp_path, MIXERS["switchhead"], dtype="bfloat16"), device=CPU)
+    seen: list[torch.dtype] = []
+    trained.model.output.register_forward_hook(lambda *_: seen.append(_[-1].dtype))
+    list(generate(trained, "ab", GREEDY, max_tokens=2))
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_an_evaluation_of_a_saved_run_is_the_runs_own(folder_with_memory: Path, capsys: pytest.CaptureFixture[str]):
+    last = json.loads((folder_with_memory / "metrics.jsonl").read_text().splitlines()[-1])
+    assert evaluate_main(["--run", str(folder_with_memory), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert f"loss {last['heldout_loss']:.4f} nats per token, {last['heldout_bits_per_byte']:.4f} bits per byte" in said
+    assert "64 tokens" in said
+
+
+def test_an_evaluation_of_a_saved_run_has_the_memory_that_it_is_asked_for(folder_with_memory: Path):
+    trained = load_run(folder_with_memory, device=CPU)
+    heldout = trained.config.data.heldout
+    as_trained, one, four = (
+        score(trained, device=CPU, heldout=heldout, max_tokens=400, memory_blocks=blocks).loss
+        for blocks in (None, 1, 4)
+    )
+    assert as_trained == one
+    assert abs(one - four) > 1e-6
+
+
+def test_memory_is_not_asked_of_a_model_without(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert evaluate_main(["--run", str(folder), "--device", "cpu", "--memory-blocks", "4"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "eval.memory_blocks is for mixers with memory" in line
 
 
 def test_without_a_document_mask_the_prompt_follows_the_end_of_another_document(trained: Trained):
@@ -126,11 +216,11 @@ def test_tokens_are_drawn_as_often_as_the_nucleus_says(top_p: float, temperature
 def test_the_command_prints_the_prompt_and_whole_characters(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ):
-    tokens = [int(token) for token in bytes_tokenizer().encode("é!")]
+    tokens = [int(token) for token in bytes_tokenizer().encode("é!")] + [0xFF + 1]  # the last is no character
     monkeypatch.setattr("train.generate.generate", lambda *_, **__: iter(tokens))
     assert main(["--run", str(folder), "--prompt", "ol", "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
-    assert out == "olé!\n"
+    assert out == "olé!\ufffd\n"
     assert "step_000004" in err
 
 
@@ -140,6 +230,11 @@ def test_the_command_prints_the_prompt_and_whole_characters(
         (["--top-p", "0"], ["--top-p", "0.0", "1 draws among all"]),
         (["--temperature", "-1"], ["--temperature", "-1.0", "0 takes the likeliest"]),
         (["--run", "nowhere"], ["--run", "nowhere", "no checkpoint"]),
+        (["--temperature", "nan"], ["--temperature", "nan"]),
+        (["--temperature", "1e-320"], ["--temperature", "at least 0.001"]),
+        (["--seed", "99999999999999999999"], ["--seed", "below 2**63"]),
+        (["--max-tokens", "-3"], ["--max-tokens", "-3"]),
+        (["--prompt", "\udcff"], ["--prompt", "UTF-8"]),
     ],
 )
 def test_bad_settings_are_one_sentence(folder: Path, arguments, parts, capsys: pytest.CaptureFixture[str]):

@@ -1,6 +1,8 @@
 """Transformer-XL memory in training and evaluation: each row is scored with the rows before it in its stream, computed by hand here."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +12,13 @@ from data.loader import Batch
 from model.context import BatchContext, Memory
 from model.memory import StreamMemory
 from tests.model.build import model_config, tokens, transformer
-from train.config import OptimConfig
+from tests.train.tiny_job import ALONE, tiny_config, write_shards
+from train.build import build_memory
+from train.config import Config, OptimConfig
 from train.engine import LocalMesh, PlainEngine
 from train.evaluate import evaluate
 from train.optimizer import build_optimizer, parameter_groups
+from train.run import run
 from train.step import StepSettings, train_step
 
 CPU = torch.device("cpu")
@@ -102,3 +107,39 @@ def test_one_and_four_blocks_are_different_evaluations():
     model = network(memory_blocks=1)
     one, four = (losses_by_hand(model, blocks=blocks).mean() for blocks in (1, 4))
     assert abs(float(one - four)) > 1e-4
+
+
+def tiny_run(folder: Path, name: str, **sections: dict[str, Any]) -> Config:
+    """A run in folder/name of a model with memory, in micro-steps of half the rows."""
+    sections["run"] = {"dir": str(folder / name), "steps": 6, "log_every_steps": 1}
+    with_memory = tiny_config(folder).model.model_dump()
+    with_memory["switchhead"]["memory_blocks"] = 1
+    return tiny_config(folder, model=with_memory, optim={"accumulation_steps": 2}, **sections)
+
+
+@pytest.mark.usefixtures("torch_as_it_was")
+def test_an_evaluation_leaves_the_memory_of_the_training_alone(tmp_path: Path):
+    write_shards(tmp_path / "shards", seed=1)
+    for name, every in (("often", 1), ("once", 1000)):
+        run(tiny_run(tmp_path, name, eval={"every_steps": every}), ALONE)
+    often, once = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("often", "once")
+    )
+    assert [record["loss"] for record in often] == [record["loss"] for record in once]
+    assert often[-1]["heldout_loss"] == once[-1]["heldout_loss"]
+
+
+def test_training_remembers_its_streams_and_an_evaluation_its_own_with_as_many_rows_as_it_is_asked_for(tmp_path: Path):
+    config = tiny_run(tmp_path, "run", eval={"memory_blocks": 3})
+    world, length = LocalMesh(CPU), config.data.sequence_length
+    rows = config.data.global_batch_size // 2
+    assert config.data.streams != rows
+    for evaluation, streams, blocks in ((False, config.data.streams, 1), (True, rows, 3)):
+        memory = build_memory(config, world, evaluation=evaluation)
+        assert memory is not None
+        assert memory.streams == range(streams)
+        shown = memory.read(torch.arange(rows), torch.zeros(rows, dtype=torch.bool))
+        sizes = {depth: state.shape for depth, state in shown.states.items()}
+        assert sizes == dict.fromkeys(range(config.model.num_layers), (rows, blocks * length, config.model.d_model))
+    assert build_memory(tiny_config(tmp_path), world) is None
