@@ -71,12 +71,11 @@ def table_text(lines: Sequence[Line], *, length: int) -> str:
         ).rstrip()
         for row in rows
     ]
-    text.append(
-        f"MACs (multiply-accumulates) and floats written: forward, per token of a row of {length:,}, no causal halving;"
-    )
-    text.append(
-        "decode state: floats per sequence after such a row and its memory. All layers of a line together; what counts: model/cost.py."
-    )
+    text += [
+        "active: weights that work on one token, once for each use of a layer; all layers of a line together, as in every column.",
+        f"MACs (multiply-accumulates) and floats written: forward, per token of a row of {length:,}, no causal halving;",
+        "decode state: floats per sequence after such a row and its memory. What is counted: model/cost.py.",
+    ]
     return "\n".join(text + _layer_sentences(lines))
 
 
