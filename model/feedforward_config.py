@@ -141,12 +141,12 @@ class SigmaMoEConfig(RoutedSection, FeedForwardSection):
 
     def notes(self) -> list[str]:
         weights = self.loss_weights()
-        if weights == ENTROPY_ALONE or (self.entropy_weight, self.load_weight) == weights:
+        if weights == ENTROPY_ALONE:
             return []
-        return [
-            f"entropy_weight is {weights.entropy} and load_weight {weights.load}: what null means with router {self.router}, "
-            f"balance {self.balance} and num_experts {self.num_experts}"
-        ]
+        resolved = {"entropy_weight": weights.entropy, "load_weight": weights.load}
+        nulls = [f"{name} is {value}" for name, value in resolved.items() if getattr(self, name) is None]
+        with_what = f"router {self.router}, balance {self.balance} and num_experts {self.num_experts}"
+        return [f"{' and '.join(nulls)}: what null means with {with_what}"] if nulls else []
 
     def build(self, place: Place) -> "nn.Module":
         from model.sigma_moe import SigmaMoE

@@ -107,6 +107,8 @@ def dry_run(config: Config, info: ProcessInfo) -> None:
     model = build_model(config, vocab_size=vocab_size, device=torch.device("cpu"))
     if info.rank == 0:
         print(to_yaml(config), end="")
+        for note in notes(config, torch.device("cpu")):
+            print(f"# {note}")
         print(f"# vocabulary: {vocab_size:,} tokens\n# parameters: {count_parameters(model):,}")
         length = config.data.sequence_length
         print(indent(table_text(model_table(model, length=length), length=length), "# "))

@@ -37,7 +37,7 @@ def test_null_weights_are_those_published_with_the_router(settings: dict[str, An
 
 def test_what_null_was_turned_into_is_noted_where_it_is_not_the_usual():
     (note,) = config(router="switch").notes()
-    assert "entropy_weight is 0.0 and load_weight 0.01" in note
+    assert "entropy_weight is 0.0 and load_weight is 0.01" in note
     assert "router switch" in note
     assert config().notes() == []
     assert config(router="switch", entropy_weight=0.0, load_weight=0.01).notes() == []

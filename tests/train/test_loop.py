@@ -12,7 +12,7 @@ from model.transformer import Transformer
 from tests.model.build import context
 from tests.train.tiny_job import ALONE, another_tokenizer, records, tiny_config, write_shards
 from train.config import Config
-from train.run import run
+from train.run import dry_run, run
 
 pytestmark = pytest.mark.usefixtures("torch_as_it_was")
 
@@ -85,3 +85,23 @@ def test_the_seed_of_the_run_draws_weights_rows_and_dropout(folder: Path, pool, 
         pool(1).run(run, config, ALONE)  # not here: importing DeepSpeed takes seconds
         (record,) = records(folder / f"seed_{seed}")
         assert record["loss"] == pytest.approx(loss_of_the_first_step(config, seed=seed), rel=1e-6)
+
+
+def test_what_a_default_was_turned_into_is_said_by_a_run_and_by_a_dry_run(folder: Path, capsys):
+    config = tiny_config(folder)
+    odd = config.model.model_dump()
+    odd["switchhead"]["head_dim"] = 6  # half of it is 3 channels
+    config = tiny_config(folder, model=odd)
+    sentence = "rotary_dim is 2: half of head_dim 6 is 3, rounded down to even"
+    dry_run(config, ALONE)
+    assert f"# {sentence}" in capsys.readouterr().out
+    run(config, ALONE)
+    assert sentence in capsys.readouterr().out
+
+
+def test_a_collapsed_router_is_named(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("model.router.COLLAPSED", 2.0)  # then every router is
+    run(tiny_config(folder), ALONE)
+    said = capsys.readouterr().out
+    assert "step 3: the load must be spread over the experts" in said
+    assert "layers.0.feedforward.mlp" in said
