@@ -12,6 +12,8 @@ from train.config_errors import fields, sections
 
 DESCRIPTION = "Trains a fully mixture-of-experts transformer from a YAML config; the same command again resumes it."
 
+MAX_WIDTH = 36  # of a column of the table of keys
+
 EXAMPLES = """\
 start it (two expert-parallel processes, the same with torchrun, one process):
   deepspeed --num_accelerators 2 launcher/main.py --config configs/tiny_cpu.yaml
@@ -37,7 +39,8 @@ def key_table() -> str:
         if field.is_required() and key.rpartition(".")[0] in optional:
             default = "required*"
         rows.append((key, default, _kind(field.annotation), field.description or ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    # a cell that is longer than all but a few pushes its own line alone to the right
+    widths = [min(MAX_WIDTH, max(len(row[column]) for row in rows)) for column in range(3)]
     lines = [
         "  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
         for row in rows

@@ -1,8 +1,8 @@
 """What one layer costs, in two countings: ours, and the one that the papers' tables are made with.
 
-Owns the words and the rules. The formulas of a kind lie beside its settings (`cost` of its section: model/attention_cost.py,
-model/feedforward_config.py, model/hsm/config.py ...); model/table.py adds the layers up. Imports no torch. Counts are of one layer,
-used once, forward only, on one row of S tokens; over S they are per token.
+Owns the words and the rules. The formulas of a kind are its section's `cost`: attention_cost.py, feedforward_cost.py,
+product_key_cost.py, hsm/cost.py; cost_table.py adds the layers up. Imports no torch. Counts are of one layer, used once, forward only,
+on one row of S tokens; over S they are per token.
 
 Ours. Multiply-accumulates: every product of matrices, and the gates on the narrow side of an expert's product. Keys, values, their
 experts and their routers are computed on memory too, and a router has all its heads. Relative positions: the projection of all
