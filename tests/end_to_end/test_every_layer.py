@@ -48,7 +48,7 @@ FEEDFORWARDS: dict[str, dict[str, Any]] = {
     "swiglu": {"dense_mlp": {"hidden_dim": 32, "activation": "swiglu"}},
 }
 PAIRS = [(mixer, feedforward) for feedforward in ("sigma_moe", "dense_mlp") for mixer in MIXERS]
-PAIRS += [(mixer, table) for table in ("pkm", "peer") for mixer in ("attention", "switchhead", "hsm")]
+PAIRS += [(mixer, table) for table in ("pkm", "peer") for mixer in ("attention", "switchhead", "grouped_top_k", "hsm")]
 PAIRS += [("switchhead", form) for form in ("balanced", "recurrent", "swiglu")]
 
 

@@ -23,14 +23,16 @@ def report(counts: list[float], probabilities: list[float], rows: int) -> Router
 
 def test_a_balanced_router_has_load_1_no_dead_expert_and_the_entropy_of_a_uniform_choice():
     record = router_record({"mlp": report([6, 6, 6, 6], [3, 3, 3, 3], 12)})
-    assert record["mlp"] == {"load_max_over_mean": 1.0, "dead_experts": 0, "entropy": pytest.approx(math.log(4))}
+    even = {"load_max_over_mean": 1.0, "dead_experts": 0, "load_spread": 1.0}
+    assert record["mlp"] == even | {"entropy": pytest.approx(math.log(4))}
 
 
-def test_a_collapsed_router_is_seen_in_all_three_figures():
+def test_a_collapsed_router_is_seen_in_every_figure():
     record = router_record({"mlp": report([24, 0, 0, 0], [12, 0, 0, 0], 12)})
     assert record["mlp"]["load_max_over_mean"] == 4.0
     assert record["mlp"]["dead_experts"] == 3
     assert record["mlp"]["entropy"] == pytest.approx(0.0, abs=1e-6)
+    assert record["mlp"]["load_spread"] < 0.05
 
 
 def test_entropy_is_the_mean_over_heads():

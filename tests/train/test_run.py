@@ -56,7 +56,7 @@ def test_tokens_per_second_are_those_of_the_steps_without_evaluations_and_saves(
         layout=cast(Any, None),
         data=cast(Any, None),
         world=LocalMesh(torch.device("cpu")),
-        engine=cast(Any, None),
+        engine=cast(Any, SimpleNamespace(model=torch.nn.Module())),
         memory=None,
         reporter=run.Reporter(is_main=False, total_steps=6),
     )
