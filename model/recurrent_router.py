@@ -32,7 +32,7 @@ class Recurrence(DeclaringModule):
     def __init__(self, dim: int) -> None:
         super().__init__()
         for name in ("input", "state"):
-            self.declare(f"{name}_weight", (3 * dim, dim), normal(1 / math.sqrt(dim)))
+            self.declare(f"{name}_weight", (3 * dim, dim), normal(1 / math.sqrt(dim)), decays=False)
             self.declare(f"{name}_bias", (3 * dim,), zeros)
 
     def forward(self, x_TX: Tensor, state_TX: Tensor) -> Tensor:
@@ -58,8 +58,8 @@ class RecurrentRouter(DeclaringModule):
 
     def __init__(self, place: Place, *, dim: int, num_experts: int, draw_input: Initializer) -> None:
         super().__init__()
-        self.declare("input_weight", (dim, place.d_model), draw_input)
-        self.declare("weight", (num_experts, dim), normal(1 / math.sqrt(dim)))
+        self.declare("input_weight", (dim, place.d_model), draw_input, decays=False)
+        self.declare("weight", (num_experts, dim), normal(1 / math.sqrt(dim)), decays=False)
         self.recurrence = place.shared.setdefault("recurrent_router", Recurrence(dim))
 
     def forward(self, x_TD: Tensor, state_TX: Tensor | None) -> Scored:

@@ -53,7 +53,7 @@ class Router(DeclaringModule):
         super().__init__()
         self.num_heads = num_heads
         self.num_experts = num_experts
-        self.declare("weight", (num_heads * num_experts, d_model), draw)
+        self.declare("weight", (num_heads * num_experts, d_model), draw, decays=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Logits (T, H, E), float32."""

@@ -10,17 +10,16 @@ import torch
 from torch import nn
 
 from model.parameters import logical_parameters
-from model.router import Router
 from train.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Named groups: matrices that decay, and the rest. Routers, norms and biases never decay (specs of arXiv 2312.07987, P18), nor
-    does what is declared so.
+    """Named groups: matrices that decay, and the rest. Vectors never decay, nor does what is declared so: routers (specs of arXiv
+    2312.07987, P18), tables and sub-keys.
     """
     decaying, others = [], []
     for parameter in logical_parameters(model):
-        decays = parameter.spec.decays and len(parameter.spec.shape) > 1 and not isinstance(parameter.module, Router)
+        decays = parameter.spec.decays and len(parameter.spec.shape) > 1
         (decaying if decays and weight_decay > 0 else others).append(parameter.tensor)
     groups = [
         {"name": "decay", "params": decaying, "weight_decay": weight_decay},

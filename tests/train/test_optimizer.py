@@ -34,7 +34,8 @@ def test_a_constant_schedule_stays_at_the_peak():
     assert {learning_rate(step, optim(schedule="constant"), num_steps=10) for step in range(4, 10)} == {0.8}
 
 
-def test_routers_norms_and_biases_never_decay_and_no_parameter_is_left_out():
+@pytest.mark.parametrize("router", ["sigmoid", "noisy", "recurrent"])
+def test_routers_norms_and_biases_never_decay_and_no_parameter_is_left_out(router: str):
     config = ModelConfig.model_validate(
         {
             "d_model": 8,
@@ -42,7 +43,7 @@ def test_routers_norms_and_biases_never_decay_and_no_parameter_is_left_out():
             "mixers": ["switchhead"],
             "feedforwards": ["sigma_moe", "dense_mlp"],
             "switchhead": {"num_heads": 1, "head_dim": 4, "num_experts": 2, "top_k": 1},
-            "sigma_moe": {"num_experts": 2, "expert_dim": 4, "top_k": 1},
+            "sigma_moe": {"num_experts": 3, "expert_dim": 4, "top_k": 2, "router": router},
             "dense_mlp": {"hidden_dim": 6},
         }
     )
@@ -54,7 +55,7 @@ def test_routers_norms_and_biases_never_decay_and_no_parameter_is_left_out():
     assert decaying | others == set(names.values())
     assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.1, 0.0)
     for name in names.values():
-        spared = "router" in name or "norm" in name or name.endswith("bias")
+        spared = any(part in name for part in ("router", "norm", "noise", "recurrence")) or name.endswith("bias")
         assert (name in others) == spared, name
     (everything,) = parameter_groups(model, weight_decay=0.0)
     assert len(everything["params"]) == len(names)
