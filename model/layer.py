@@ -16,8 +16,8 @@ class LayerOutput(NamedTuple):
 
     auxiliary_losses: 0-dim, weights included. spreads: entropy regularisers, by router; losses only once the repeats of a layer are
     together. reports: by router. updates: by the name of a state in the layer, what is to be added to it after a training
-    micro-step; a forward pass changes no state itself, because recompute runs it twice. carry_TX: what the next layer's feed-forward
-    is handed (the state of a router that recurs over the depth).
+    micro-step (of repeated layers the mean); a forward pass changes no state itself, because recompute runs it twice. carry_TX: what
+    the next layer's feed-forward is handed (the state of a router that recurs over the depth).
     """
 
     y_BSD: Tensor

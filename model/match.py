@@ -79,15 +79,17 @@ def find_key(values: dict[str, Any], *, by: str) -> str:
             )
         if meant:
             return meant[0]
+    short = [name for name, fields in SHORT.items() if any(key.rpartition(".")[2] in fields for key in keys)]
     raise ValueError(
-        f"model.match.by must name a size of this model, but it is {by}: write {', '.join(SHORT)} or one of {', '.join(keys)}"
+        f"model.match.by must name a size of this model, but it is {by}: write one of {', '.join([*short, *keys])}"
     )
 
 
 def _size_keys(values: dict[str, Any]) -> Iterator[str]:
     """Dotted keys of the model section, and of the sections of layers in use, that say how many or how wide."""
     yield "d_model"
-    yield "num_layers"
+    if not values.get("distinct_layers"):  # else the depth does not change the parameters
+        yield "num_layers"
     for name in dict.fromkeys([*_used(values, "feedforwards"), *_used(values, "mixers")]):
         for section in get_args(ModelConfig.model_fields[name].annotation):
             for field in getattr(section, "model_fields", {}):
@@ -155,7 +157,7 @@ def _nearest(count: Callable[[int], int | None], target: int, *, key: str) -> Si
 
 def _bracket(count: Callable[[int], int | None], target: int, *, key: str) -> tuple[Sized, Sized] | None:
     """Two allowed sizes, the first with at most `target` parameters, the second with more; None: no size is allowed."""
-    low, start = None, 1
+    low, start = None, 0
     while start <= (LARGEST if low else 2**20):
         found = _first_allowed(count, start, LARGEST)
         if found is None and low is not None:
@@ -167,7 +169,7 @@ def _bracket(count: Callable[[int], int | None], target: int, *, key: str) -> tu
                     f"model.{key} {found.size} there are {found.parameters:,} already: ask for more, or make the rest of the model smaller"
                 )
             return low, found
-        low, start = found or low, 2 * max(start, found.size if found else 0)
+        low, start = found or low, max(1, 2 * max(start, found.size if found else 0))
     if low is None:
         return None
     if low.parameters == target:

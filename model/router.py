@@ -182,7 +182,8 @@ def load_spread(report: RouterReport) -> Tensor:
 
     0: K experts take every row, the rest nothing. 1: as even as the number of copies allows. Between them, where exp(entropy of the
     loads), the number of experts that are in use in effect, lies on the way from K to the smaller of E and the number of copies. A
-    head without a choice (K = E, or a single row) counts as 1.
+    head without a choice (K = E, or a single row) counts as 1. Where a row has K >= E copies, which only heads that share experts can
+    bring about (tables), K falls away: one expert could take them all.
     """
     num_rows = report.num_rows.clamp_min(1)
     heads = max(1, round(float(report.probability_G.sum() / num_rows)))  # each head's probabilities sum to 1 per row
@@ -191,9 +192,10 @@ def load_spread(report: RouterReport) -> Tensor:
     share_HE = count_HE / copies_H[:, None].clamp_min(1)
     in_use_H = torch.exp(-(share_HE * share_HE.clamp_min(torch.finfo(share_HE.dtype).tiny).log()).sum(1))
     fewest_H = copies_H / num_rows
+    fewest_H = torch.where(fewest_H >= count_HE.shape[1], torch.ones_like(fewest_H), fewest_H)
     most_H = copies_H.clamp_max(count_HE.shape[1])
     spread_H = (in_use_H - fewest_H) / (most_H - fewest_H)
-    return torch.where(most_H > fewest_H, spread_H, torch.ones_like(spread_H))
+    return torch.where(most_H > fewest_H, spread_H.clamp(0.0, 1.0), torch.ones_like(spread_H))
 
 
 def collapse_alarm(reports: Mapping[str, RouterReport]) -> str | None:

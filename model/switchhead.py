@@ -89,10 +89,7 @@ class SwitchHead(DeclaringModule):
         cache: KeyValueCache | None = None,
         raw_BMD: Tensor | None = None,
     ) -> LayerOutput:
-        """x (B, M, D): memory, then the row; y (B, S, D) of the row: sum over heads and O experts of gate * what the head has read.
-
-        V reads raw (B, M, D) instead where it is given.
-        """
+        """x (B, M, D): memory, then the row, and raw, which V reads where it is given; y (B, S, D) of the row."""
         dispatcher, backend, heads = self.dispatcher, self.place.backend, self.config.num_heads
         x_BSD = x_BMD[:, context.num_memory :]
 

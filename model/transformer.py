@@ -158,13 +158,12 @@ class Transformer(DeclaringModule):
         return sum(losses, start=outputs[0].y_BSD.new_zeros(()))
 
     def _updates(self, outputs: Sequence[LayerOutput]) -> dict[str, Tensor]:
-        """By state of a distinct layer, the sum over its repeats."""
-        total: dict[str, Tensor] = {}
+        """By state of a distinct layer, the mean over its repeats: each moves a running figure by a share, which a sum would exceed."""
+        found: dict[str, list[Tensor]] = {}
         for depth, output in enumerate(outputs):
             for name, update in output.updates.items():
-                path = f"layers.{depth % len(self.layers)}.{name}"
-                total[path] = total[path] + update if path in total else update
-        return total
+                found.setdefault(f"layers.{depth % len(self.layers)}.{name}", []).append(update)
+        return {path: torch.stack(updates).mean(0) for path, updates in found.items()}
 
     def _drop(self, x_BSD: Tensor, context: BatchContext, *, site: str) -> Tensor:
         return dropout(x_BSD, context, probability=self.config.dropout if self.training else 0.0, site=site)

@@ -3,6 +3,7 @@
 Owns that order and nothing else: each line hands over to the module that knows.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -230,6 +231,12 @@ def _measure(
         heldout = read_together(job.world, _heldout_batches(job))
         memory = build_memory(job.config, job.world, evaluation=True)
         evaluation = evaluate(job.engine, heldout, job.world, job.settings, step=done.step, memory=memory)
+        if not math.isfinite(evaluation.loss):
+            raise RuntimeError(
+                f"the held-out loss must be finite, but after step {done.step} it is {evaluation.loss} while the loss is {result.loss}: "
+                "what the run keeps besides weights (batch-norm statistics) is broken; go on from an earlier checkpoint with a lower "
+                "optim.lr in a run with another run.dir"
+            )
         record |= evaluation_record(evaluation)
     return record
 

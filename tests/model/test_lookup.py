@@ -279,3 +279,12 @@ def test_with_all_gates_zero_the_shares_are_those_of_the_copies_and_without_rows
     for nothing in reports_of(*picks(tokens=0)).values():
         assert not nothing.count_G.any()
         assert not nothing.probability_G.any()
+
+
+def test_the_owner_works_on_as_many_copies_at_once_as_fit_its_bound(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("model.lookup.CHUNK_ELEMENTS", 11)
+    offsets_L, gates_C = torch.tensor([3, 3, 7], dtype=torch.int32), torch.ones(7)
+    plan = LocalPlan(torch.arange(7), torch.arange(7), gates_C, offsets_L, num_outputs=7)
+    pieces = list(lookup._chunks(plan, torch.zeros(3, 4)))
+    assert [piece.stop - piece.start for piece, _ in pieces] == [2, 2, 2, 1]
+    assert torch.cat([rows for _, rows in pieces]).tolist() == [0, 0, 0, 2, 2, 2, 2]

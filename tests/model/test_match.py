@@ -162,3 +162,14 @@ def test_a_size_is_set_where_its_key_says_and_the_match_is_gone():
     assert with_size(values, "peer.num_heads", 3) == {"d_model": 2, "peer": {"num_heads": 3}}
     assert with_size(values, "d_model", 3) == {"d_model": 3, "peer": None}
     assert values == {"match": 1, "d_model": 2, "peer": None}
+
+
+def test_the_depth_of_layers_that_are_used_again_is_no_size():
+    with pytest.raises(ValueError, match="but it is num_layers: write one of feedforward_dim, d_model, "):
+        find_key(DENSE | {"num_layers": 4, "distinct_layers": 2}, by="num_layers")
+
+
+def test_a_size_that_may_be_0_is_tried_at_0():
+    without = sigma()
+    solution = found(SIGMA, by="sigma_moe.num_shared_experts", parameters=without)
+    assert solution.size == 0

@@ -10,6 +10,7 @@ from torch import Tensor
 import model.context
 from model.context import BatchContext, keep_mask
 from model.decode import Decoder
+from model.parameters import add_updates, states_of
 from model.router import RouterReport
 from tests.model import by_hand
 from tests.model.build import context, model_config, tokens, transformer
@@ -169,3 +170,38 @@ def test_settings_that_do_not_fit_are_one_sentence(changes: dict[str, Any], part
     with pytest.raises(ValueError, match="but") as caught:
         model_config(**({"num_layers": 4} | changes))
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_a_running_figure_moves_by_the_mean_of_its_repeats_and_stays_a_variance():
+    """24 repeats, each of which alone would move it by a tenth."""
+    peer = {"num_experts": 16, "num_heads": 2, "top_k": 2, "key_dim": 4, "query_norm": "batch"}
+    config = model_config(
+        num_layers=24,
+        distinct_layers=1,
+        mixers=["attention"],
+        feedforwards=["peer"],
+        attention={"num_heads": 2, "head_dim": 4},
+        peer=peer,
+        **dict.fromkeys(("switchhead", "sigma_moe", "dense_mlp")),
+    )
+    net, rows = transformer(config), tokens(2, 6)
+    assert not torch.allclose(block_updates(net, rows, 0), block_updates(net, rows, 1))
+    name = "layers.0.feedforward.router.batch_norm.variance"
+    updates = net.train()(rows, context(2)).updates
+    every = torch.stack([block_updates(net, rows, depth) for depth in range(24)])
+    torch.testing.assert_close(updates[name], every.mean(0))
+    for step in range(40):
+        add_updates(net, net.train()(rows, context(2, step=step)).updates)
+    assert states_of(net)[name].min() > 0
+    assert net.eval()(rows, context(2)).logits_BSV.isfinite().all()
+
+
+def block_updates(net: Any, rows: Tensor, depth: int) -> Tensor:
+    """What the use of the layer at `depth` would add to its running variance."""
+    seen: list[Tensor] = []
+    hook = net.layers[0].register_forward_hook(
+        lambda *parts: seen.append(parts[-1].updates["feedforward.router.batch_norm.variance"])
+    )
+    net.train()(rows, context(2))
+    hook.remove()
+    return seen[depth]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.parameters import count_parameters, materialize
+from model.pkm import MemoryGate
 from model.product_key_config import PKMConfig
 from tests.model.build import (
     Watched,
@@ -235,3 +236,10 @@ def test_neither_values_nor_keys_decay_and_all_other_matrices_do(top_k: int | No
     decaying = next(group["params"] for group in parameter_groups(layer, weight_decay=0.1) if group["name"] == "decay")
     gate = layer.gate
     assert [id(p) for p in decaying] == [id(m.weight) for m in (layer.router.query, gate.opening, gate.output)]
+
+
+def test_the_gate_of_memory_plus_starts_with_the_standard_deviation_of_its_width():
+    gate = MemoryGate(256)
+    materialize(gate, seed=1)
+    for linear in (gate.opening, gate.output):
+        assert linear.weight.std().item() == pytest.approx(1 / 16, rel=0.02)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.feedforward_config import SigmaMoEConfig
 from model.parameters import count_parameters, logical_parameters, materialize
-from model.recurrent_router import RecurrentRouter
+from model.recurrent_router import Recurrence, RecurrentRouter
 from model.section import Place
 from tests.model.build import context, model_config, normal, tokens, transformer
 
@@ -125,3 +125,10 @@ def test_recompute_gives_the_same_gradients(distinct_layers: int | None):
         gradients.append({name: value.grad for name, value in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_the_weights_of_the_recurrence_start_with_the_standard_deviation_of_its_width():
+    recurrence = Recurrence(64)
+    materialize(recurrence, seed=1)
+    for weight in (recurrence.input_weight, recurrence.state_weight):
+        assert weight.std().item() == pytest.approx(1 / 8, rel=0.03)

@@ -266,3 +266,11 @@ def test_switchhead_rows_are_unit_rows_times_their_own_over_the_global_standard_
     unit = plain / plain.norm(dim=1, keepdim=True)
     expected = unit * (plain.var(dim=1, keepdim=True).sqrt() / unit.flatten().var().sqrt())
     torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [([48.0, 0, 0, 0], 0.0), ([12.0, 12, 12, 12], 1.0), ([24.0, 24, 0, 0], 1 / 3)]
+)
+def test_heads_that_share_experts_can_all_take_one(counts: list[float], expected: float):
+    """Six rows of eight picks over four experts: no router of one head could bring that about, a table can."""
+    torch.testing.assert_close(load_spread(report_of([counts], 6)), torch.tensor([expected]), rtol=0, atol=1e-5)

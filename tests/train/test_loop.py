@@ -1,5 +1,6 @@
 """A run from its first line to its last on a tiny job: what its end writes, what a resume refuses, what its seed draws."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from model.transformer import Transformer
 from tests.model.build import context
 from tests.train.tiny_job import ALONE, another_tokenizer, records, tiny_config, write_shards
 from train.config import Config
+from train.evaluate import Evaluation
 from train.run import dry_run, run
 
 pytestmark = pytest.mark.usefixtures("torch_as_it_was")
@@ -105,3 +107,10 @@ def test_a_collapsed_router_is_named(folder: Path, capsys, monkeypatch: pytest.M
     said = capsys.readouterr().out
     assert "step 3: the load must be spread over the experts" in said
     assert "layers.0.feedforward.mlp" in said
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_the_run_with_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    broken = Evaluation(loss=math.nan, bits_per_byte=math.nan, num_targets=1, num_bytes=1)
+    monkeypatch.setattr("train.run.evaluate", lambda *_, **__: broken)
+    with pytest.raises(RuntimeError, match="the held-out loss must be finite, but after step 3 it is nan"):
+        run(tiny_config(folder), ALONE)
