@@ -123,6 +123,18 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_shared_table_has_several_layers(self) -> Self:
+        kinds = list(islice(cycle(self.feedforwards), self.distinct_layers or self.num_layers))
+        for name in kinds:
+            setting = getattr(self, name).sharing()
+            if setting and kinds.count(name) == 1:
+                raise ValueError(
+                    f"{setting} is one table for several layers, but model.{name}.{setting} is true and there is 1 layer of {name}: "
+                    f"set {setting} to false"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _the_norm_fits(self) -> Self:
         for name in (*self.mixers, *self.feedforwards):
             if self.norm == "peri" and not getattr(self, name).reads_raw:

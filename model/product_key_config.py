@@ -72,6 +72,9 @@ class PKMConfig(FeedForwardSection):
 
         return (DensePKM if self.top_k is None else PKM)(self, place)
 
+    def sharing(self) -> str | None:
+        return "shared_values" if self.shared_values else None
+
     def cost(self, place: Place, *, length: int) -> "Cost":
         from model.product_key_cost import pkm_cost
 
@@ -122,6 +125,9 @@ class PEERConfig(FeedForwardSection):
         from model.peer import PEER
 
         return PEER(self, place)
+
+    def sharing(self) -> str | None:
+        return "shared_experts" if self.shared_experts else None
 
     def cost(self, place: Place, *, length: int) -> "Cost":
         from model.product_key_cost import peer_cost

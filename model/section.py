@@ -69,6 +69,10 @@ class LayerSection(Section):
 class FeedForwardSection(LayerSection):
     """A kind of feed-forward: it works on each token by itself."""
 
+    def sharing(self) -> str | None:
+        """The setting, if it is on, by which all layers of the kind share weights."""
+        return None
+
 
 class MixerSection(LayerSection):
     """A kind of mixer: it moves information between tokens."""

@@ -180,6 +180,18 @@ def test_a_config_never_changes() -> None:
             ["model.mixers=[hsm]", "model.switchhead=null", "model.hsm.num_shifts=4", "model.hsm.wrap=hold"],
             ["wrap is hold", "num_shifts is 4", "4 layers of hsm", "lower num_shifts"],
         ),
+        (
+            [
+                *("model.feedforwards=[sigma_moe, sigma_moe, sigma_moe, peer]", "model.peer.num_experts=25"),
+                *(
+                    "model.peer.num_heads=1",
+                    "model.peer.top_k=2",
+                    "model.peer.key_dim=4",
+                    "model.peer.shared_experts=true",
+                ),
+            ],
+            ["model.peer.shared_experts is true", "1 layer of peer", "to false"],
+        ),
         (["eval.memory_blocks=4"], ["eval.memory_blocks", "it is 4", "no mixer of ['switchhead']", "null"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
