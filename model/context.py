@@ -68,11 +68,8 @@ def keep_mask(context: BatchContext, length: int, channels: int, *, probability:
 
 def token_hashes(context: BatchContext, length: int, *, site: str) -> Tensor:
     """int64 (B, length) in [0, 2**32): of each token. A mask that is made where the context is not known can start from it."""
-    digest = hashlib.blake2b(f"{context.seed}/{context.step}/{site}/{context.depth}".encode(), digest_size=4).digest()
-    key = int.from_bytes(digest, "little")
-    positions_B = context.positions_B
-    row_B = _mix(_mix((positions_B & _MASK_32) ^ key) ^ (positions_B >> 32))
-    return _mix(row_B[:, None] ^ _mix(torch.arange(length, device=positions_B.device)))
+    row_B = _row_hashes(context, site=site)
+    return _mix(row_B[:, None] ^ _mix(torch.arange(length, device=row_B.device)))
 
 
 def hash_with(hashes: Tensor, coordinate: Tensor) -> Tensor:
@@ -100,13 +97,17 @@ def keep_at(context: BatchContext, *coordinates: Tensor, probability: float, sit
     coordinates: integers, also negative ones, whose meaning is the caller's; each broadcastable to the result's shape (B, ...), one
     of them with as many axes. With (offset, channel) of all elements this is `keep_mask`; here single elements can be asked for.
     """
-    digest = hashlib.blake2b(f"{context.seed}/{context.step}/{site}/{context.depth}".encode(), digest_size=4).digest()
-    key = int.from_bytes(digest, "little")
-    positions = context.positions_B.view(-1, *(1 for _ in range(max(x.ndim for x in coordinates) - 1)))
-    state = _mix(_mix((positions & _MASK_32) ^ key) ^ (positions >> 32))
+    state = _row_hashes(context, site=site).view(-1, *(1 for _ in range(max(x.ndim for x in coordinates) - 1)))
     for place, coordinate in enumerate(coordinates):
         state = _mix(state ^ _mix(coordinate.long() + place * (_MASK_32 // 2)))
     return state >= int(probability * (_MASK_32 + 1))
+
+
+def _row_hashes(context: BatchContext, *, site: str) -> Tensor:
+    """int64 (B,) in [0, 2**32): of each row at a site of the layer that is being computed, in this step of this run."""
+    digest = hashlib.blake2b(f"{context.seed}/{context.step}/{site}/{context.depth}".encode(), digest_size=4).digest()
+    key, positions_B = int.from_bytes(digest, "little"), context.positions_B
+    return _mix(_mix((positions_B & _MASK_32) ^ key) ^ (positions_B >> 32))
 
 
 def _mix(x: Tensor) -> Tensor:

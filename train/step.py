@@ -50,7 +50,7 @@ class StepResult:
 
 @dataclass
 class _Totals:
-    """Sums over a step's micro-steps of this rank's shares; the tensors stay on the device, so that no micro-step waits for it."""
+    """Sums over a step's micro-steps of this rank's shares; the tensors stay on the device and are read once, at the step's end."""
 
     loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     auxiliary_loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 
 from data.tokenizer import END_TOKEN, Tokenizer, bytes_tokenizer, load_tokenizer, train_bpe
 
@@ -47,7 +48,6 @@ def test_bpe_has_the_wanted_size_and_shortens_text():
 
 
 def test_ids_agree_with_the_library_reading_the_saved_file(tokenizer):
-    tokenizers = pytest.importorskip("tokenizers")
     library = tokenizers.Tokenizer.from_str(tokenizer.to_bytes().decode())
     assert library.encode(TEXTS[1]).ids == tokenizer.encode(TEXTS[1]).tolist()
 
