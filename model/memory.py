@@ -29,7 +29,6 @@ class StreamMemory:
         rank: int,
         num_ranks: int,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         """blocks: by depth of each layer with memory, how many rows of `row_length` positions it remembers (at least one).
 
@@ -39,7 +38,7 @@ class StreamMemory:
         self.streams = range(rank, num_streams, num_ranks)
         self._num_ranks = num_ranks
         self._states: dict[int, Tensor] = {  # by depth (Z, M, D)
-            depth: torch.zeros(len(self.streams), number * row_length, d_model, device=device, dtype=dtype)
+            depth: torch.zeros(len(self.streams), number * row_length, d_model, device=device)
             for depth, number in blocks.items()
         }
         self._filled_Z = torch.zeros(len(self.streams), dtype=torch.int64, device=device)
@@ -59,7 +58,7 @@ class StreamMemory:
         """Remembers the rows that were just computed with `memory`: layer_inputs by depth, (B, S, D) without gradient."""
         slots_B = self._slots(positions_B)
         for depth, state_ZMD in self._states.items():
-            longer = torch.cat([memory.states[depth], layer_inputs[depth].to(state_ZMD.dtype)], dim=1)
+            longer = torch.cat([memory.states[depth], layer_inputs[depth]], dim=1)
             state_ZMD[slots_B] = longer[:, -state_ZMD.shape[1] :]
         self._filled_Z[slots_B] = memory.filled_B + next(iter(layer_inputs.values())).shape[1]
         self._next_Z[slots_B] = positions_B.to(slots_B.device) + self.num_streams
