@@ -5,13 +5,26 @@ Owns the command line, the exit codes and how an error looks; trains nothing its
 """
 
 import argparse
+import math
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from train.dry_run import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
+
+PLAN_FLAGS = (
+    ("--nodes", int, "N", "machines"),
+    ("--gpus-per-node", int, "G", "processes on each"),
+    ("--nvlink-gb", float, "GB", "GB/s that a process sends inside its node"),
+    ("--network-gb", float, "GB", "GB/s that a process sends to other nodes"),
+    ("--tflops", float, "T", "TFLOP/s that a process sustains"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         check_imports(ROOT)
         args = _parse(argv)
+        _check_plan(args)
         info = read_environment(os.environ)
         rank = info.rank
         config = load_config(args.config, args.set, say=lambda sentence: _say(sentence, rank))
@@ -33,9 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["DS_ACCELERATOR"] = device
         config = config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
 
-        from train import run
+        if args.dry_run:
+            from train.dry_run import dry_run
 
-        (run.dry_run if args.dry_run else run.run)(config, info)
+            dry_run(config, info, _plan(args))
+        else:
+            from train import run
+
+            run.run(config, info)
     except (ValueError, RuntimeError, OSError) as error:
         if not _is_sentence(error):
             traceback.print_exception(error)
@@ -58,6 +77,7 @@ def _put_this_clone_first() -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     from launcher.usage import DESCRIPTION, EXAMPLES, key_table
+    from parallel.predict import Hardware
 
     parser = argparse.ArgumentParser(
         prog="launcher/main.py",
@@ -71,11 +91,44 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the config; repeatable"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved config and the model's size, train nothing"
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config, the model's size, and bytes, seconds and memory of a step; train nothing",
     )
+    planning = parser.add_argument_group("with --dry-run, the processes and rates to predict for")
+    for flag, kind, metavar, help_text in PLAN_FLAGS:
+        default = getattr(Hardware(), _name(flag), "those of this start")
+        planning.add_argument(flag, type=kind, metavar=metavar, help=f"{help_text}; default: {default}")
     # DeepSpeed's launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def _check_plan(args: argparse.Namespace) -> None:
+    """ValueError where a flag of the plan stands without --dry-run, or is not above 0."""
+    for flag, *_ in PLAN_FLAGS:
+        value = getattr(args, _name(flag))
+        if value is None:
+            continue
+        if not args.dry_run:
+            raise ValueError(
+                f"{flag} belongs to --dry-run, but it is {value} and --dry-run is missing: add --dry-run or remove {flag}"
+            )
+        if not 0 < value < math.inf:
+            raise ValueError(f"{flag} must be above 0 and finite, but it is {value}: write another number")
+
+
+def _plan(args: argparse.Namespace) -> "Plan":
+    from parallel.predict import Hardware
+    from train.dry_run import Plan
+
+    rates = {_name(flag): getattr(args, _name(flag)) for flag in ("--nvlink-gb", "--network-gb", "--tflops")}
+    hardware = Hardware(**{name: value for name, value in rates.items() if value is not None})
+    return Plan(args.nodes, args.gpus_per_node, hardware)
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def _is_sentence(error: Exception) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from model.attention_config import DEFAULT_CHUNK, AttendSection
 from model.cache import KeyValueCache
 from model.context import BatchContext
+from model.dispatch import Pending
 from model.mask import KeyMask
 from model.parameters import DeclaringModule, Initializer
 from model.relative import RelativeCache, RelativePositions, shift
@@ -47,13 +48,22 @@ class Attend(DeclaringModule):
         return kind(block_length=block_length, memory_blocks=self.config.memory_blocks)
 
     def forward(
-        self, q_BHSC: Tensor, k_BGMC: Tensor, v_BGMC: Tensor, context: BatchContext, cache: KeyValueCache | None
+        self,
+        q_BHSC: Tensor,
+        k_BGMC: Tensor,
+        values: Pending[Tensor],
+        context: BatchContext,
+        cache: KeyValueCache | None,
     ) -> Tensor:
-        """(B, H, S, C). k and v: of memory, then the row; with a cache, of the S new positions. H / G query heads share one of G."""
+        """(B, H, S, C). k and v: of memory, then the row; with a cache, of the S new positions. H / G query heads share one of G.
+
+        values: v (B, G, M, C), waited for when queries and keys are turned to their positions.
+        """
         if width := self.config.rotary_width():
             first = 0 if cache is None else cache.length
             q_BHSC = rotate(q_BHSC, width=width, first=first + k_BGMC.shape[2] - q_BHSC.shape[2])
             k_BGMC = rotate(k_BGMC, width=width, first=first)
+        v_BGMC = values.wait()
         if cache is not None:
             k_BGMC, v_BGMC = cache.extend(k_BGMC, v_BGMC)
         num_queries, num_keys = q_BHSC.shape[2], k_BGMC.shape[2]

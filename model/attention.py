@@ -11,6 +11,7 @@ from model.attend import Attend, merge_heads, split_heads
 from model.attention_config import AttentionConfig
 from model.cache import KeyValueCache
 from model.context import BatchContext
+from model.dispatch import Ready
 from model.layer import LayerOutput, Linear
 from model.parameters import DeclaringModule, truncated_normal
 from model.section import Place
@@ -49,5 +50,5 @@ class Attention(DeclaringModule):
         q_BHSC = split_heads(self.query(x_BSD), self.num_heads)
         k_BGMC = split_heads(self.key(x_BMD), self.num_kv_heads)
         v_BGMC = split_heads(self.value(x_BMD if raw_BMD is None else raw_BMD), self.num_kv_heads)
-        mixed_BHSC = self.attend(q_BHSC, k_BGMC, v_BGMC, context, cache)
+        mixed_BHSC = self.attend(q_BHSC, k_BGMC, Ready(v_BGMC), context, cache)
         return LayerOutput(self.output(merge_heads(mixed_BHSC)))

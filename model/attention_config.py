@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from model.section import MixerSection, Place, Probability, RoutedSection, Size
+from model.section import BankShape, MixerSection, Place, Probability, RoutedSection, Size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -210,8 +210,33 @@ class SwitchHeadConfig(RoutedSection, AttendSection):
 
         return GatedAttention(self, place) if self.single_expert == "gate_output" else SwitchHead(self, place)
 
-    def banks(self) -> list[int]:
-        return [] if self.single_expert == "gate_output" else [self.num_heads * self.num_experts] * len(self.experts)
+    def banks(self, place: Place) -> list[BankShape]:
+        if self.single_expert == "gate_output":
+            return []
+        return [self._bank(name, d_model=place.d_model) for name in PROJECTIONS.values() if name in self.router_of()]
+
+    def _bank(self, name: str, *, d_model: int) -> BankShape:
+        """V, K and Q read the token and write (token, head); O the reverse."""
+        tokens, heads = (d_model, 1), (self.head_dim, self.num_heads)
+        source, destination = (heads, tokens) if name == "output" else (tokens, heads)
+        return BankShape(
+            name=f"{name}_experts",
+            label=name,
+            num_groups=self.num_heads * self.num_experts,
+            num_heads=self.num_heads,
+            top_k=self.top_k,
+            shares_groups=False,
+            row_dim=source[0],
+            output_dim=destination[0],
+            rows_per_token=source[1],
+            outputs_per_token=destination[1],
+            same_rows=False,
+            group_numel=d_model * self.head_dim,
+            is_table=False,
+            replies=False,
+            token_factor=1 + self.memory_blocks if name in SOURCE_SIDE else 1,
+            hashed=False,
+        )
 
     def expert_widths(self, d_model: int) -> set[int]:
         return set() if self.single_expert == "gate_output" else {d_model, self.head_dim}

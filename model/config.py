@@ -4,6 +4,7 @@ Owns the fields and the checks inside this section. What clashes with another se
 everything in model/; `parallel/` gets values from it, never the section itself.
 """
 
+from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
@@ -15,6 +16,7 @@ from model.feedforward_config import DenseMLPConfig, SigmaMoEConfig
 from model.hsm.config import HSMConfig
 from model.product_key_config import PEERConfig, PKMConfig
 from model.section import (
+    BankShape,
     FeedForwardSection,
     LayerSection,
     MixerSection,
@@ -51,6 +53,18 @@ class MatchConfig(Section):
                 "give one and leave out the other"
             )
         return self
+
+
+@dataclass(frozen=True)
+class UsedBank:
+    """A bank of a model. path: of its module ("layers.3.mixer.value_experts"); a table that layers share has the first one's.
+
+    uses: the path of the layer ("layers.3.mixer") once for each use in a forward pass, in the order of depth.
+    """
+
+    path: str
+    shape: BankShape
+    uses: tuple[str, ...]
 
 
 class ModelConfig(Section):
@@ -201,9 +215,28 @@ class ModelConfig(Section):
         """Sentences for the log: what defaults were turned into."""
         return [note for section in self.sections() for note in section.notes()]
 
+    def banks(self) -> list[UsedBank]:
+        """Every expert bank once, in the order of its first use."""
+        shapes: dict[str, BankShape] = {}
+        uses: dict[str, list[str]] = {}
+        owners: dict[str, str] = {}  # by setting, the first layer of those that share its table
+        places = self.places(backend=self.expert_backend)
+        mixers, feedforwards = self.mixer_sections(), self.feedforward_sections()
+        for depth in range(self.num_layers):
+            place = places[depth % len(places)]
+            for part, section in (("mixer", mixers[depth]), ("feedforward", feedforwards[depth])):
+                layer = f"layers.{place.depth}.{part}"
+                sharing = section.sharing() if isinstance(section, FeedForwardSection) else None
+                owner = owners.setdefault(sharing, layer) if sharing else layer
+                for shape in section.banks(place):
+                    path = f"{owner}.{shape.name}"
+                    shapes[path] = shape
+                    uses.setdefault(path, []).append(layer)
+        return [UsedBank(path, shape, tuple(uses[path])) for path, shape in shapes.items()]
+
     def smallest_bank(self) -> int | None:
         """Number of expert groups G of the smallest expert bank; None for a model without experts."""
-        return min((bank for section in self.sections() for bank in section.banks()), default=None)
+        return min((bank.shape.num_groups for bank in self.banks()), default=None)
 
     def expert_widths(self) -> set[int]:
         """Every width that grouped_matmul meets, as rows or columns; empty for a model without experts."""

@@ -1,15 +1,17 @@
 """Where routed rows meet their experts: the Dispatcher that every expert layer is handed, and its one-process form.
 
 The four verbs of an expert layer are route, dispatch, grouped_matmul, combine. A layer describes its choices in a `Routing`; `plan`
-makes an exchange of it; `dispatch` brings rows and gates to the owners of the experts; `combine` brings the partial results back.
-What arrives is always a `LocalPlan`, so a layer sees the same thing on one process and on a thousand. parallel/expert.py has the form
-that crosses processes.
+makes an exchange of it; `dispatch` brings rows and gates to the owners of the experts; `combine` has the experts compute what has
+arrived and brings their partial results back. What arrives comes with a `LocalPlan`, so a layer sees the same thing on one process and
+on a thousand. parallel/expert.py has the form that crosses processes; there rows may arrive in parts, one computed while the next
+travels.
 
-Shape letters: N routings, K choices each, C routed copies held here, R received rows, L local expert groups, X any width.
+Shape letters: N routings, K choices each, C routed copies held here, R received rows, P output rows, L local expert groups, X and Y any
+widths.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -22,26 +24,29 @@ from model.parameters import ExpertBank
 class Routing:
     """N routings of K choices each. Routing n reads source row `source_row_N[n]` and adds its K gated results to `output_row_N[n]`.
 
-    gates_NK float32, differentiable. expert_ids_NK int64, global group ids of `bank`, in [0, G). num_rows and num_outputs: sizes of
-    the row space and of the output space on this rank. V reads the token and writes (token, head), O the reverse, an MLP token to
-    token.
+    gates_NK float32, differentiable; None where `combine` is given them. expert_ids_NK int64, global group ids of `bank`, in [0, G).
+    source_row_N and output_row_N ascend; they are one tensor where the two spaces are one. num_rows and num_outputs: sizes of the row
+    space and of the output space on this rank. hashes_N: int64, reach the owner with every copy. V reads the token and writes
+    (token, head), O the reverse, an MLP token to token.
     """
 
-    gates_NK: Tensor
+    gates_NK: Tensor | None
     expert_ids_NK: Tensor
     source_row_N: Tensor
     output_row_N: Tensor
     num_rows: int
     num_outputs: int
     bank: ExpertBank
+    hashes_N: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LocalPlan:
     """The routed copies whose experts live here, sorted by local group.
 
-    row_index_C: the received row that a copy reads. output_index_C: the output row it adds to. gates_C: float32, differentiable.
-    offsets_L: int32, the end of each group's range of copies. num_outputs: output rows to produce.
+    row_index_C: the received row that a copy reads. output_index_C: the output row it adds to. gates_C: float32, differentiable; ones
+    before they are known. offsets_L: int32, the end of each group's range of copies. num_outputs: output rows to produce. hashes_C:
+    the routing's, where it has any. first_group: the global id of the first group here.
     """
 
     row_index_C: Tensor
@@ -49,8 +54,11 @@ class LocalPlan:
     gates_C: Tensor
     offsets_L: Tensor
     num_outputs: int
+    hashes_C: Tensor | None = None
+    first_group: int = 0
 
 
+Compute = Callable[[Tensor, LocalPlan], Tensor]
 Result = TypeVar("Result")
 ResultOut = TypeVar("ResultOut", covariant=True)
 
@@ -71,6 +79,20 @@ class Ready(Generic[Result]):
         return self.result
 
 
+Before = TypeVar("Before")
+
+
+@dataclass(frozen=True)
+class Then(Generic[Before, Result]):
+    """What `function` makes of the result of another Pending."""
+
+    pending: Pending[Before]
+    function: Callable[[Before], Result]
+
+    def wait(self) -> Result:
+        return self.function(self.pending.wait())
+
+
 class Dispatcher(Protocol):
     """Carries rows to the owners of their experts and results back. Every rank must make the same calls in the same order."""
 
@@ -78,16 +100,28 @@ class Dispatcher(Protocol):
         """One exchange per routing; the counts of all of them travel at once."""
         ...
 
-    def dispatch(self, exchange: Any, rows: Tensor, *, label: str) -> Pending[tuple[Tensor, LocalPlan]]:
-        """Sends rows (num_rows, X) and the gates; gives the received rows (R, X) and the plan of this rank's experts."""
+    def dispatch(self, exchange: Any, rows: Tensor, *, label: str) -> Any:
+        """Sends rows (num_rows, X), and the gates if the routing has them; gives what `reply` and `combine` take."""
         ...
 
-    def combine(self, exchange: Any, partials: Tensor, *, label: str) -> Pending[Tensor]:
-        """Sends partials (plan.num_outputs, X) home and sums them per output row: (num_outputs, X), differentiable."""
-        ...
-
-    def weights(self, exchange: Any) -> Pending[dict[str, Tensor]]:
+    def weights(self, exchange: Any, *, label: str) -> Pending[dict[str, Tensor]]:
         """The weights of the routing's bank to compute with, by name: gathered over the expert group, or the local ones."""
+        ...
+
+    def reply(self, arriving: Any, compute: Compute, *, label: str) -> Pending[Tensor]:
+        """One number for each copy, home: compute(rows (R, X), plan) gives (C,), the routing gets (N, K), differentiable.
+
+        Where a copy went to several ranks, each with some columns of its expert, the sum of theirs.
+        """
+        ...
+
+    def combine(
+        self, arriving: Any, compute: Compute, *, label: str, gates_NK: Tensor | None = None
+    ) -> Pending[Tensor]:
+        """compute(rows (R, X), plan) gives partials (plan.num_outputs, Y); home they are summed: (num_outputs, Y), differentiable.
+
+        gates_NK: the gates of a routing without any; they are sent first.
+        """
         ...
 
     def gather(self, bank: ExpertBank, rows: Tensor, *, label: str) -> Pending[Tensor]:
@@ -96,38 +130,98 @@ class Dispatcher(Protocol):
 
 
 @dataclass(frozen=True)
-class _LocalExchange:
+class Copies:
+    """Routed copies in the order in which they came: group_C of the `num_groups` held here from global group `first_group` on, row and
+    output row of each, their hashes.
+    """
+
+    group_C: Tensor
+    row_C: Tensor
+    output_C: Tensor
+    hashes_C: Tensor | None
+    num_groups: int
+    num_outputs: int
+    first_group: int = 0
+
+    def sort(self) -> tuple[LocalPlan, Tensor]:
+        """The plan, with gates of ones, and order_C: copy c of the plan is copy order_C[c] in the order of coming."""
+        groups_C, order_C = self.group_C.sort(stable=True)
+        plan = LocalPlan(
+            row_index_C=self.row_C[order_C],
+            output_index_C=self.output_C[order_C],
+            gates_C=torch.ones(len(order_C), device=order_C.device),
+            offsets_L=group_ends(groups_C, self.num_groups),
+            num_outputs=self.num_outputs,
+            hashes_C=None if self.hashes_C is None else self.hashes_C[order_C],
+            first_group=self.first_group,
+        )
+        return plan, order_C
+
+
+def copies_of(routing: Routing, *, num_groups: int) -> Copies:
+    """All copies of a routing, n-major, for a rank that has all the groups."""
+    num_choices = routing.expert_ids_NK.shape[1]
+    return Copies(
+        group_C=routing.expert_ids_NK.flatten(),
+        row_C=routing.source_row_N.repeat_interleave(num_choices),
+        output_C=routing.output_row_N.repeat_interleave(num_choices),
+        hashes_C=None if routing.hashes_N is None else routing.hashes_N.repeat_interleave(num_choices),
+        num_groups=num_groups,
+        num_outputs=routing.num_outputs,
+    )
+
+
+@dataclass(frozen=True)
+class LocalExchange:
+    """A routing whose experts are all here: its plan, and the order of the plan's copies among those of the routing."""
+
+    routing: Routing
     plan: LocalPlan
-    bank: ExpertBank
+    order_C: Tensor
+
+    @staticmethod
+    def of(routing: Routing, *, num_groups: int) -> "LocalExchange":
+        return LocalExchange(routing, *copies_of(routing, num_groups=num_groups).sort())
+
+
+@dataclass(frozen=True)
+class LocalArriving:
+    """Rows that stay where they are."""
+
+    exchange: LocalExchange
+    rows: Tensor
+
+    def reply(self, compute: Compute) -> Tensor:
+        found_C = compute(self.rows, self.exchange.plan)
+        order_C = self.exchange.order_C
+        return torch.zeros_like(found_C).index_put((order_C,), found_C).view_as(self.exchange.routing.expert_ids_NK)
+
+    def combine(self, compute: Compute, gates_NK: Tensor | None) -> Tensor:
+        gates_NK = self.exchange.routing.gates_NK if gates_NK is None else gates_NK
+        assert gates_NK is not None
+        plan = replace(self.exchange.plan, gates_C=gates_NK.flatten()[self.exchange.order_C])
+        return compute(self.rows, plan)
 
 
 class LocalDispatcher:
     """Dispatcher of one process: every expert lives here, nothing travels."""
 
-    def plan(self, *routings: Routing) -> list[_LocalExchange]:
-        return [_LocalExchange(self._plan(routing), routing.bank) for routing in routings]
+    def plan(self, *routings: Routing) -> list[LocalExchange]:
+        return [LocalExchange.of(routing, num_groups=routing.bank.num_groups) for routing in routings]
 
-    @staticmethod
-    def _plan(routing: Routing) -> LocalPlan:
-        num_choices = routing.expert_ids_NK.shape[1]
-        ids_C, order_C = routing.expert_ids_NK.flatten().sort(stable=True)
-        routing_C = order_C // num_choices
-        return LocalPlan(
-            row_index_C=routing.source_row_N[routing_C],
-            output_index_C=routing.output_row_N[routing_C],
-            gates_C=routing.gates_NK.flatten()[order_C],
-            offsets_L=group_ends(ids_C, routing.bank.num_groups),
-            num_outputs=routing.num_outputs,
-        )
+    def dispatch(self, exchange: LocalExchange, rows: Tensor, *, label: str) -> LocalArriving:
+        return LocalArriving(exchange, rows)
 
-    def dispatch(self, exchange: _LocalExchange, rows: Tensor, *, label: str) -> Ready[tuple[Tensor, LocalPlan]]:
-        return Ready((rows, exchange.plan))
+    def weights(self, exchange: LocalExchange, *, label: str) -> Ready[dict[str, Tensor]]:
+        return Ready(exchange.routing.bank.weights())
 
-    def combine(self, exchange: _LocalExchange, partials: Tensor, *, label: str) -> Ready[Tensor]:
-        return Ready(partials)
+    def reply(self, arriving: LocalArriving, compute: Compute, *, label: str) -> Ready[Tensor]:
+        return Ready(arriving.reply(compute))
 
-    def weights(self, exchange: _LocalExchange) -> Ready[dict[str, Tensor]]:
-        return Ready(exchange.bank.weights())
+    def combine(
+        self, arriving: LocalArriving, compute: Compute, *, label: str, gates_NK: Tensor | None = None
+    ) -> Ready[Tensor]:
+        return Ready(arriving.combine(compute, gates_NK))
 
     def gather(self, bank: ExpertBank, rows: Tensor, *, label: str) -> Ready[Tensor]:
         return Ready(rows)

@@ -7,6 +7,8 @@ functions one by one; their names and arguments stay.
 Shape letters: R received rows, C routed copies held here, L local groups, F expert width, P output rows, X and Y any widths.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,14 +19,14 @@ from model.dispatch import LocalPlan
 
 def project_then_gate(rows_RX: Tensor, weight_LXY: Tensor, plan: LocalPlan, *, backend: str) -> Tensor:
     """sum over copies of gate * (row @ W[group]), gate after the matmul: for Y < X (SwitchHead's values). Gives (P, Y)."""
-    copies_CX = rows_RX[plan.row_index_C]
+    copies_CX = _copies(rows_RX, plan)
     projected_CY = grouped_matmul(copies_CX, weight_LXY, offsets_G=plan.offsets_L, backend=backend)
     return _sum_per_output(projected_CY * plan.gates_C[:, None], plan, dtype=projected_CY.dtype)
 
 
 def gate_then_project(rows_RX: Tensor, weight_LXY: Tensor, plan: LocalPlan, *, backend: str) -> Tensor:
     """sum over copies of (gate * row) @ W[group], gate before the matmul: for X < Y (SwitchHead's outputs). Gives (P, Y)."""
-    copies_CX = rows_RX[plan.row_index_C]
+    copies_CX = _copies(rows_RX, plan)
     gated_CX = (copies_CX * plan.gates_C[:, None]).to(copies_CX.dtype)
     projected_CY = grouped_matmul(gated_CX, weight_LXY, offsets_G=plan.offsets_L, backend=backend)
     return _sum_per_output(projected_CY, plan, dtype=projected_CY.dtype)
@@ -43,7 +45,7 @@ def gated_mlp(
 
     factors_CF: of the hidden activations, see `hidden_factors`.
     """
-    copies_CD = rows_RD[plan.row_index_C]
+    copies_CD = _copies(rows_RD, plan)
     hidden_CF = grouped_matmul(copies_CD, up_LDF, offsets_G=plan.offsets_L, backend=backend).relu()
     gated_CF = hidden_CF * plan.gates_C[:, None]
     if factors_CF is not None:
@@ -52,18 +54,39 @@ def gated_mlp(
     return _sum_per_output(projected_CD, plan, dtype=projected_CD.dtype)
 
 
-def hidden_factors(
-    hashes_R1: Tensor, plan: LocalPlan, *, first_group: int, channels: int, probability: float
-) -> Tensor:
+def hidden_factors(plan: LocalPlan, *, channels: int, probability: float) -> Tensor:
     """float32 (C, channels): dropout of the copies' hidden activations, 0 with `probability` and 1 / (1 - probability) otherwise.
 
-    hashes: of the received rows' tokens (model/context.py), integers in float64, which travel unrounded. A mask is a function of token,
-    expert and channel, the same at whatever rank the expert lives. first_group: the global group of the first one here.
+    A mask is a function of the token, whose hash (model/context.py) every copy brings, of the expert and of the channel: the same at
+    whatever rank the expert lives.
     """
+    assert plan.hashes_C is not None
     copies_C = torch.arange(len(plan.row_index_C), device=plan.offsets_L.device, dtype=plan.offsets_L.dtype)
-    groups_C = first_group + torch.searchsorted(plan.offsets_L, copies_C, right=True)
-    hashes_C = hash_with(hashes_R1[plan.row_index_C, 0].long(), groups_C)
+    groups_C = plan.first_group + torch.searchsorted(plan.offsets_L, copies_C, right=True)
+    hashes_C = hash_with(plan.hashes_C, groups_C)
     return keep_channels(hashes_C, channels, probability=probability).float() / (1.0 - probability)
+
+
+def _copies(rows_RX: Tensor, plan: LocalPlan) -> Tensor:
+    """The row of each copy (C, X)."""
+    return _Copies.apply(rows_RX, plan.row_index_C)
+
+
+class _Copies(torch.autograd.Function):
+    """index_select, whose gradients are summed in float32 at least: under autocast the rows that arrive are narrower."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RX: Tensor, row_index_C: Tensor) -> Tensor:
+        ctx.save_for_backward(row_index_C)
+        ctx.num_rows = len(rows_RX)
+        return rows_RX.index_select(0, row_index_C)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_CX: Tensor) -> tuple[Tensor, None]:
+        (row_index_C,) = ctx.saved_tensors
+        sum_dtype = torch.promote_types(gradient_CX.dtype, torch.float32)
+        sums_RX = gradient_CX.new_zeros(ctx.num_rows, gradient_CX.shape[1], dtype=sum_dtype)
+        return sums_RX.index_add_(0, row_index_C, gradient_CX.to(sum_dtype)).to(gradient_CX.dtype), None
 
 
 def _sum_per_output(copies_CY: Tensor, plan: LocalPlan, *, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from model.section import FeedForwardSection, Place, Probability, RoutedSection, Size
+from model.section import BankShape, FeedForwardSection, Place, Probability, RoutedSection, Size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -158,8 +158,26 @@ class SigmaMoEConfig(RoutedSection, FeedForwardSection):
 
         return sigma_moe_cost(self, d_model=place.d_model, length=length)
 
-    def banks(self) -> list[int]:
-        return [self.num_experts]
+    def banks(self, place: Place) -> list[BankShape]:
+        bank = BankShape(
+            name="experts",
+            label="mlp",
+            num_groups=self.num_experts,
+            num_heads=1,
+            top_k=self.top_k,
+            shares_groups=False,
+            row_dim=place.d_model,
+            output_dim=place.d_model,
+            rows_per_token=1,
+            outputs_per_token=1,
+            same_rows=True,
+            group_numel=2 * place.d_model * self.expert_dim,
+            is_table=False,
+            replies=False,
+            token_factor=1,
+            hashed=self.hidden_dropout > 0,
+        )
+        return [bank]
 
     def expert_widths(self, d_model: int) -> set[int]:
         return {d_model, self.expert_dim}

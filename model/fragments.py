@@ -1,4 +1,4 @@
-"""Fragments: the ranges of the flat logical parameters that a process holds, with its optimizer state, as a checkpoint sees them.
+"""Fragments: the ranges of the logical parameters that a process holds, with its optimizer state, as a checkpoint sees them.
 
 Both engines describe what they hold in these terms: train/engine.py (whole parameters) and parallel/zero.py (ZeRO partitions).
 train/checkpoint.py writes and fills fragments and knows nothing else of engines.
@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.parameters import LogicalParameter
+from model.parameters import Box, LogicalParameter
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A range of one logical parameter that this process holds: elements [start, start + numel) of the flat logical tensor.
+    """A range of one logical parameter that this process holds: elements [start, start + numel) of the flat `box`.
+
+    `box` is the part of the logical tensor that a rank of a table split by columns holds; None is the whole tensor.
 
     `tensors` maps "master", and with AdamW "exp_avg" and "exp_avg_sq", to 1-D float32 views of equal length into live storage: a
     checkpoint reads them when it saves and fills them in place when it loads.
@@ -25,6 +27,7 @@ class Fragment:
     shape: tuple[int, ...]
     start: int
     tensors: dict[str, Tensor]
+    box: Box | None = None
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:
@@ -67,7 +70,7 @@ def fragment(
     tensors = {
         key: value.detach().view(-1)[offset : offset + numel] for key, value in {"master": storage, **state}.items()
     }
-    return Fragment(parameter.name, parameter.spec.shape, parameter.start + local_start, tensors)
+    return Fragment(parameter.name, parameter.spec.shape, parameter.start + local_start, tensors, parameter.box)
 
 
 def share(whole: Fragment, *, rank: int, size: int) -> Fragment | None:
@@ -77,7 +80,7 @@ def share(whole: Fragment, *, rank: int, size: int) -> Fragment | None:
     if first == end:
         return None
     tensors = {key: value[first:end] for key, value in whole.tensors.items()}
-    return Fragment(whole.name, whole.shape, whole.start + first, tensors)
+    return Fragment(whole.name, whole.shape, whole.start + first, tensors, whole.box)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

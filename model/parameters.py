@@ -3,7 +3,7 @@
 A *logical parameter* is a weight as one process would hold it: all experts, no padding. Modules declare theirs on the meta device;
 `parallel/parallelize.py` may narrow an expert bank to the groups of this rank; `materialize` then draws what is owned here. Every
 block (one expert group, so many rows of a table, else the whole tensor) has its own generator seeded by (seed, name, block), so the
-values are the same at every layout and no rank draws what it does not own (of a table's block that two ranks share, each draws all).
+values are the same at every layout and no rank draws what it does not own (of a table's block that several ranks share, each draws all).
 Checkpoints speak of the same names and shapes (model/fragments.py).
 
 Does not own: the optimizer's storage of these weights (train/engine.py, parallel/zero.py).
@@ -13,12 +13,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 Initializer = Callable[[tuple[int, ...], torch.Generator], Tensor]
+Box = tuple[tuple[int, int], ...]  # [first, end) of each dimension of a logical tensor
 
 
 def normal(std: float) -> Initializer:
@@ -95,6 +96,7 @@ class ExpertBank(DeclaringModule):
         self.first_group = 0
         self.num_local = num_groups
         self.num_ranks = 1
+        self.columns, self.column = 1, 0
         for name, (shape, draw) in weights.items():
             self.declare(name, (num_groups, *shape), draw, decays=decays)
 
@@ -116,12 +118,30 @@ class Table(ExpertBank):
     """A bank of so many small groups, the rows of a product-key table, that they are drawn `rows_per_block` at a time.
 
     The blocks do not depend on the sharding. Weight decay is not for tables: most rows get no gradient in a step (our reading).
+    The width of each weight (rows, width) may be split too: columns is the number of equal ranges, column the index of ours.
     """
 
     rows_per_block = 1024
 
     def __init__(self, num_rows: int, weights: dict[str, tuple[tuple[int, ...], Initializer]]) -> None:
         super().__init__(num_rows, weights, decays=False)
+
+    def shard(self, *, rank: int, size: int, columns: int = 1) -> None:
+        """Keeps a range of rows and one of columns: rank = row shard * columns + column; num_ranks is then the number of row shards.
+
+        Raises:
+            ValueError: `columns` does not divide the ranks or a weight's width.
+        """
+        widths = {f"width of {name}": spec.shape[-1] for name, spec in self.specs.items()}
+        for what, value in {"ranks that share it": size, **widths}.items():
+            if value % columns:
+                raise ValueError(
+                    f"a table's columns must divide the {what}, but they are {columns} and the {what} {value}: choose fewer columns"
+                )
+        super().shard(rank=rank // columns, size=size // columns)
+        self.columns, self.column = columns, rank % columns
+        for name, weight in self.weights().items():
+            self.register_parameter(name, nn.Parameter(weight.detach().chunk(columns, dim=-1)[0].contiguous()))
 
 
 @dataclass(frozen=True)
@@ -138,16 +158,27 @@ class LogicalParameter:
         return getattr(self.module, self.attribute)
 
     @property
+    def box(self) -> Box | None:
+        """The part of the logical tensor that is here, without padding, if its columns are split; else None: the whole tensor."""
+        bank = self.module
+        if not isinstance(bank, ExpertBank) or bank.columns == 1:
+            return None
+        first, end = (min(row, bank.num_groups) for row in (bank.first_group, bank.first_group + bank.num_local))
+        width = self.spec.shape[-1] // bank.columns
+        return ((first, end), (bank.column * width, (bank.column + 1) * width))
+
+    @property
     def start(self) -> int:
-        """Offset of the local tensor's first element in the flat logical tensor."""
-        if not isinstance(self.module, ExpertBank):
+        """Offset of the local tensor's first element in the flat `box`."""
+        if self.box is not None or not isinstance(self.module, ExpertBank):
             return 0
         return self.module.first_group * math.prod(self.spec.shape[1:])
 
     @property
     def numel(self) -> int:
-        """Elements of the local tensor that are not padding."""
-        return max(0, min(self.tensor.numel(), math.prod(self.spec.shape) - self.start))
+        """Elements of the local tensor that are not padding, which is at its end."""
+        size = math.prod(end - first for first, end in self.box or ((0, size) for size in self.spec.shape))
+        return max(0, min(self.tensor.numel(), size - self.start))
 
 
 def logical_parameters(model: nn.Module) -> Iterator[LogicalParameter]:
@@ -239,12 +270,12 @@ class _Block(NamedTuple):
 
     number: int
     shape: tuple[int, ...]
-    part: slice
+    part: tuple[Any, ...]
     target: Tensor
 
 
 def _local_blocks(parameter: LogicalParameter, values: Tensor) -> Iterator[_Block]:
-    bank, whole = parameter.module, slice(None)
+    bank, whole = parameter.module, (...,)
     if not isinstance(bank, ExpertBank):
         yield _Block(0, tuple(values.shape), whole, values)
         return
@@ -255,12 +286,13 @@ def _local_blocks(parameter: LogicalParameter, values: Tensor) -> Iterator[_Bloc
         for group in range(first, end):
             yield _Block(group, tuple(values.shape[1:]), whole, values[group - first])
         return
-    size = bank.rows_per_block
+    size, width = bank.rows_per_block, values.shape[-1]
+    columns = slice(bank.column * width, (bank.column + 1) * width)
     for number in range(first // size, math.ceil(end / size)):
         start, stop = number * size, min((number + 1) * size, bank.num_groups)
-        part = slice(max(first, start) - start, min(end, stop) - start)
-        target = values[start + part.start - first : start + part.stop - first]
-        yield _Block(number, (stop - start, *values.shape[1:]), part, target)
+        rows = slice(max(first, start) - start, min(end, stop) - start)
+        target = values[start + rows.start - first : start + rows.stop - first]
+        yield _Block(number, (stop - start, *parameter.spec.shape[1:]), (rows, columns), target)
 
 
 def _block_seed(seed: int, name: str, block: int) -> int:

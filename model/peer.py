@@ -2,18 +2,20 @@
 
 The layer is written for one process; parallel/parallelize.py narrows the table and hands it another dispatcher, and the query's norm
 statistics over all ranks. Shape letters: B rows, S positions, T = B*S tokens, D model width, H heads, Z = 2 halves, J sub-keys of a
-half, K picks, R received rows, P output rows.
+half, K picks, N = T routings, R received rows, P output rows, X columns of the tables held here.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.context import BatchContext
-from model.dispatch import Dispatcher, LocalDispatcher
+from model.dispatch import Dispatcher, LocalDispatcher, LocalPlan
 from model.layer import LayerOutput
-from model.lookup import neurons, table_reports, table_routing, table_rows
+from model.lookup import neurons, partial_products, table_reports, table_routing, table_rows, weighted_rows
 from model.parameters import DeclaringModule, Table, normal
 from model.product_key_config import PEERConfig
 from model.product_keys import ProductKeys, choose_pairs, gates_of
@@ -33,6 +35,7 @@ class PEER(DeclaringModule):
     def __init__(self, config: PEERConfig, place: Place) -> None:
         super().__init__()
         self.config = config
+        self.activation = ACTIVATIONS[config.activation]
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.router = ProductKeys(
             d_model=place.d_model,
@@ -59,17 +62,39 @@ class PEER(DeclaringModule):
         choice = choose_pairs(scores_THZJ, top_k=config.top_k)
         gates_THK = gates_of(choice.scores_THK, kind=config.scores)
         rows_THK = table_rows(choice.first_THK, choice.second_THK, num_keys=config.num_keys)
-        (exchange,) = self.dispatcher.plan(table_routing(rows_THK, gates_THK, self.experts))
+        by_columns = self.experts.columns > 1
+        routing = table_routing(rows_THK, None if by_columns else gates_THK, self.experts)
+        (exchange,) = self.dispatcher.plan(routing)
 
-        # dispatch, both products at the owner, combine
+        # dispatch; both products at the owner, combine
         arriving = self.dispatcher.dispatch(exchange, x_TD, label="peer")
-        gathering = self.dispatcher.weights(exchange)
+        gathering = self.dispatcher.weights(exchange, label="peer")
         reports = table_reports(choice, gates_THK, rows_THK, self.experts, num_keys=config.num_keys)
-        (rows_RD, plan), weights = arriving.wait(), gathering.wait()
-        activation = ACTIVATIONS[config.activation]
-        partials_PD = neurons(rows_RD, weights["up"], weights["down"], plan, activation=activation)
-        y_TD = self.dispatcher.combine(exchange, partials_PD, label="peer").wait()
+        weights = gathering.wait()
+        if by_columns:
+            y_TD = self._by_columns(arriving, weights, gates_THK.flatten(1))
+        else:
+
+            def experts(rows_RD: Tensor, plan: LocalPlan) -> Tensor:
+                return neurons(rows_RD, weights["up"], weights["down"], plan, activation=self.activation)
+
+            y_TD = self.dispatcher.combine(arriving, experts, label="peer").wait()
         return LayerOutput(y_TD.view_as(x_BSD), reports=reports, updates=updates)
+
+    def _by_columns(self, arriving: Any, weights: Mapping[str, Tensor], gates_NK: Tensor) -> Tensor:
+        """Each rank has some columns of its experts, and the activation needs the sum over all: a number per copy comes home and its
+        gated activation goes out again before the second product (specs of arXiv 2407.04153, section 3.2, D). Gives (T, D).
+        """
+
+        def products(rows_RX: Tensor, plan: LocalPlan) -> Tensor:
+            return partial_products(rows_RX, weights["up"], plan)
+
+        def values(rows_RX: Tensor, plan: LocalPlan) -> Tensor:
+            return weighted_rows(weights["down"], plan)
+
+        z_NK = self.dispatcher.reply(arriving, products, label="peer").wait()
+        weights_NK = gates_NK * self.activation(z_NK)
+        return self.dispatcher.combine(arriving, values, label="peer", gates_NK=weights_NK).wait()
 
 
 def _down_std(config: PEERConfig, place: Place) -> float:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.context import BatchContext
-from model.dispatch import Dispatcher, LocalDispatcher
+from model.dispatch import Dispatcher, LocalDispatcher, LocalPlan
 from model.layer import LayerOutput, Linear
 from model.lookup import table_reports, table_routing, table_rows, weighted_rows
 from model.parameters import DeclaringModule, Initializer, Table, normal, uniform
@@ -50,13 +50,16 @@ class PKM(DeclaringModule):
         rows_THK = table_rows(choice.first_THK, choice.second_THK, num_keys=config.num_keys)
         (exchange,) = self.dispatcher.plan(table_routing(rows_THK, gates_THK, self.table))
 
-        # dispatch rows of width 0, look up at the owner, combine
+        # dispatch rows of width 0; look up at the owner, combine
         arriving = self.dispatcher.dispatch(exchange, x_TD.new_empty(len(x_TD), 0), label="pkm")
-        gathering = self.dispatcher.weights(exchange)
+        gathering = self.dispatcher.weights(exchange, label="pkm")
         reports = table_reports(choice, gates_THK, rows_THK, self.table, num_keys=config.num_keys)
-        (_, plan), weights = arriving.wait(), gathering.wait()
-        partials_PD = weighted_rows(weights["values"], plan)
-        y_BSD = self.dispatcher.combine(exchange, partials_PD, label="pkm").wait().view_as(x_BSD)
+        weights = gathering.wait()
+
+        def values(rows_R0: Tensor, plan: LocalPlan) -> Tensor:
+            return weighted_rows(weights["values"], plan)
+
+        y_BSD = self.dispatcher.combine(arriving, values, label="pkm").wait().view_as(x_BSD)
         if self.gate is not None:
             y_BSD = self.gate(y_BSD, x_BSD)
         return LayerOutput(y_BSD, reports=reports, updates=updates)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from model.section import FeedForwardSection, Place, Size
+from model.section import BankShape, FeedForwardSection, Place, Size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,8 +80,10 @@ class PKMConfig(FeedForwardSection):
 
         return pkm_cost(self, d_model=place.d_model, length=length)
 
-    def banks(self) -> list[int]:
-        return [] if self.top_k is None else [self.num_keys**2]
+    def banks(self, place: Place) -> list[BankShape]:
+        if self.top_k is None:
+            return []
+        return [_table("table", self, label="pkm", d_model=place.d_model, neurons=False)]
 
     def notes(self) -> list[str]:
         return _notes("pkm", self.scores, self.top_k)
@@ -134,11 +136,34 @@ class PEERConfig(FeedForwardSection):
 
         return peer_cost(self, d_model=place.d_model, length=length)
 
-    def banks(self) -> list[int]:
-        return [self.num_experts]
+    def banks(self, place: Place) -> list[BankShape]:
+        return [_table("experts", self, label="peer", d_model=place.d_model, neurons=True)]
 
     def notes(self) -> list[str]:
         return _notes("peer", self.scores, self.top_k)
+
+
+def _table(name: str, config: PKMConfig | PEERConfig, *, label: str, d_model: int, neurons: bool) -> BankShape:
+    """Values, for which no rows travel, or neurons: a row u and a row v for each, and x travels to u."""
+    assert config.top_k is not None
+    return BankShape(
+        name=name,
+        label=label,
+        num_groups=config.num_keys**2,
+        num_heads=config.num_heads,
+        top_k=config.top_k,
+        shares_groups=True,
+        row_dim=d_model if neurons else 0,
+        output_dim=d_model,
+        rows_per_token=1,
+        outputs_per_token=1,
+        same_rows=True,
+        group_numel=2 * d_model if neurons else d_model,
+        is_table=True,
+        replies=neurons,
+        token_factor=1,
+        hashed=False,
+    )
 
 
 def _notes(name: str, scores: str, top_k: int | None) -> list[str]:

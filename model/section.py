@@ -24,6 +24,37 @@ class Section(BaseModel):
 
 
 @dataclass(frozen=True)
+class BankShape:
+    """What must be known of a bank to work out the bytes of its exchange (parallel/volume.py), without building it.
+
+    name: attribute path of the bank in its layer. label: as the layer hands it to the dispatcher. Per token each of `num_heads` heads
+    chooses `top_k` of the `num_groups` groups: of all of them (`shares_groups`), or head h of its own, h * G / H and on. row_dim: width
+    of the rows that travel to the experts, 0 if none do; output_dim: of those that come back. rows_per_token, outputs_per_token: 1, or
+    num_heads for rows of (token, head); same_rows: the two are one space, so that one index serves for both. group_numel: weights of a
+    group. is_table: its width may be split over ranks, by columns; replies: a sum over the columns must then come home before the
+    gates travel. token_factor: tokens that are routed for each token of the row, 1 + blocks of memory. hashed: 8 bytes more travel
+    with each copy.
+    """
+
+    name: str
+    label: str
+    num_groups: int
+    num_heads: int
+    top_k: int
+    shares_groups: bool
+    row_dim: int
+    output_dim: int
+    rows_per_token: int
+    outputs_per_token: int
+    same_rows: bool
+    group_numel: int
+    is_table: bool
+    replies: bool
+    token_factor: int
+    hashed: bool
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a layer stands. mixers: the kind of every layer's mixer, in order. backend: how grouped_matmul computes.
 
@@ -49,8 +80,8 @@ class LayerSection(Section):
         """The layer at `place`, on the meta device."""
         raise NotImplementedError
 
-    def banks(self) -> list[int]:
-        """Number of expert groups of each of the layer's banks; empty for a layer without experts."""
+    def banks(self, place: Place) -> list[BankShape]:
+        """The expert banks of the layer at `place`; empty for a layer without experts."""
         return []
 
     def expert_widths(self, d_model: int) -> set[int]:

@@ -7,13 +7,14 @@ D model width, F expert width, E experts, K choices, R received rows, C routed c
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.context import BatchContext, dropout, token_hashes
-from model.dispatch import Dispatcher, LocalDispatcher, LocalPlan, Pending, Routing
+from model.dispatch import Dispatcher, LocalDispatcher, LocalPlan, Routing
 from model.experts import gated_mlp, hidden_factors
 from model.feedforward_config import SigmaMoEConfig
 from model.layer import LayerOutput, Linear
@@ -89,23 +90,18 @@ class SigmaMoE(DeclaringModule):
         # route
         logits_T1E, carry_TX = self._score(x_TD, carry_TX)
         choice = self.selection(logits_T1E, x_TD, context, self.statistics)
-        (exchange,) = self.dispatcher.plan(self._routing(choice))
+        (exchange,) = self.dispatcher.plan(self._routing(choice, context, length))
 
         # dispatch; under it what needs no expert
         arriving = self.dispatcher.dispatch(exchange, raw_BSD.reshape(-1, d_model), label="mlp")
-        marking = self._mark(exchange, context, length)
-        gathering = self.dispatcher.weights(exchange)
+        gathering = self.dispatcher.weights(exchange, label="mlp")
         shared_BSD = self._shared(raw_BSD, context) if self.config.num_shared_experts else None
         losses = self._regularise(logits_T1E.view(batch, length, *logits_T1E.shape[1:]), choice)
         reports = {"mlp": report(logits_T1E, choice)}
 
         # grouped_matmul twice, combine
-        (rows_RD, plan), weights = arriving.wait(), gathering.wait()
-        factors_CF = None if marking is None else self._factors(marking.wait()[0], plan)
-        partials_PD = gated_mlp(
-            rows_RD, weights["up"], weights["down"], plan, backend=self.place.backend, factors_CF=factors_CF
-        )
-        y_BSD = self.dispatcher.combine(exchange, partials_PD, label="mlp").wait().view(batch, length, d_model)
+        experts = partial(self._experts, gathering.wait())
+        y_BSD = self.dispatcher.combine(arriving, experts, label="mlp").wait().view(batch, length, d_model)
         if shared_BSD is not None:
             y_BSD = y_BSD + shared_BSD
         return LayerOutput(y_BSD, losses.load, spreads=losses.spreads, reports=reports, carry_TX=carry_TX)
@@ -149,26 +145,19 @@ class SigmaMoE(DeclaringModule):
             hidden_BSF = dropout(hidden_BSF, context, probability=probability, site="mlp_shared_hidden")
         return self.shared_down(hidden_BSF)
 
-    def _mark(self, exchange: Any, context: BatchContext, length: int) -> Pending[tuple[Tensor, LocalPlan]] | None:
-        """Sends each token's hash to its experts, where hidden activations are dropped: 8 bytes a copy, as float64, never rounded."""
-        if not self.training or self.config.hidden_dropout == 0.0:
-            return None
-        hashes_T1 = token_hashes(context, length, site="mlp_expert_hidden").double().view(-1, 1)
-        return self.dispatcher.dispatch(exchange, hashes_T1, label="mlp_hashes")
+    def _experts(self, weights: Mapping[str, Tensor], rows_RD: Tensor, plan: LocalPlan) -> Tensor:
+        """Partial results (P, D) of the experts that are here."""
+        factors_CF, probability = None, self.config.hidden_dropout
+        if plan.hashes_C is not None:
+            factors_CF = hidden_factors(plan, channels=self.config.expert_dim, probability=probability)
+        backend = self.place.backend
+        return gated_mlp(rows_RD, weights["up"], weights["down"], plan, backend=backend, factors_CF=factors_CF)
 
-    def _factors(self, hashes_R1: Tensor, plan: LocalPlan) -> Tensor:
-        return hidden_factors(
-            hashes_R1,
-            plan,
-            first_group=self.experts.first_group,
-            channels=self.config.expert_dim,
-            probability=self.config.hidden_dropout,
-        )
-
-    def _routing(self, choice: Choice) -> Routing:
-        """Reads the token and writes the token."""
+    def _routing(self, choice: Choice, context: BatchContext, length: int) -> Routing:
+        """Reads the token and writes the token; brings its hash along where hidden activations are dropped."""
         num_tokens = choice.experts_THK.shape[0]
         tokens_N = torch.arange(num_tokens, device=choice.experts_THK.device)
+        drops = self.training and self.config.hidden_dropout > 0
         return Routing(
             gates_NK=choice.gates_THK[:, 0],
             expert_ids_NK=choice.experts_THK[:, 0],
@@ -177,4 +166,5 @@ class SigmaMoE(DeclaringModule):
             num_rows=num_tokens,
             num_outputs=num_tokens,
             bank=self.experts,
+            hashes_N=token_hashes(context, length, site="mlp_expert_hidden").flatten() if drops else None,
         )

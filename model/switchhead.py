@@ -7,7 +7,8 @@ group h*E + e of a bank.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from model.attend import Attend, merge_heads, split_heads
 from model.attention_config import DESTINATION_SIDE, SOURCE_SIDE, SwitchHeadConfig
 from model.cache import KeyValueCache
 from model.context import BatchContext
-from model.dispatch import Dispatcher, LocalDispatcher, Routing
+from model.dispatch import Compute, Dispatcher, LocalDispatcher, Ready, Routing, Then
 from model.experts import gate_then_project, project_then_gate
 from model.layer import LayerOutput, Linear
 from model.parameters import DeclaringModule, ExpertBank, normal
@@ -90,7 +91,7 @@ class SwitchHead(DeclaringModule):
         raw_BMD: Tensor | None = None,
     ) -> LayerOutput:
         """x (B, M, D): memory, then the row, and raw, which V reads where it is given; y (B, S, D) of the row."""
-        dispatcher, backend, heads = self.dispatcher, self.place.backend, self.config.num_heads
+        dispatcher, heads = self.dispatcher, self.config.num_heads
         x_BSD = x_BMD[:, context.num_memory :]
 
         # route: all routers read the layer's input, so one exchange of counts serves every projection
@@ -100,32 +101,34 @@ class SwitchHead(DeclaringModule):
 
         # V, Q, K: dispatch what goes to experts, the dense ones under it; grouped_matmul, combine
         inputs = {"value": x_BMD if raw_BMD is None else raw_BMD, "query": x_BSD, "key": x_BMD}
-        arriving, returning, projected = {}, {}, {}
+        arriving, projected = {}, {}
         for name in [name for name in inputs if name in exchanges]:
             rows = dispatcher.dispatch(exchanges[name], inputs[name].flatten(0, 1), label=name)
-            arriving[name] = rows, dispatcher.weights(exchanges[name])
+            arriving[name] = rows, dispatcher.weights(exchanges[name], label=name)
         for name in [name for name in inputs if name not in exchanges]:
-            projected[name] = self.get_submodule(name)(inputs[name])
+            projected[name] = Ready(split_heads(self.get_submodule(name)(inputs[name]), heads))
         for name, (rows, weights) in arriving.items():
-            rows_RD, plan = rows.wait()
-            partials_PC = project_then_gate(rows_RD, weights.wait()["weight"], plan, backend=backend)
-            returning[name] = dispatcher.combine(exchanges[name], partials_PC, label=name)
-        for name, sums in returning.items():
-            projected[name] = sums.wait().view(*inputs[name].shape[:2], heads * self.config.head_dim)
-        q_BHSC, k_BHMC, v_BHMC = (split_heads(projected[name], heads) for name in ("query", "key", "value"))
-        mixed_BSX = merge_heads(self.attend(q_BHSC, k_BHMC, v_BHMC, context, cache))
+            sums = dispatcher.combine(rows, self._experts(name, weights.wait()), label=name)
+            to_heads = partial(_heads_of_pairs, shape=[*inputs[name].shape[:2], heads])
+            projected[name] = Then(sums, to_heads)
+        q_BHSC, k_BHMC = projected["query"].wait(), projected["key"].wait()
+        # attend turns queries and keys to their positions while the values come home
+        mixed_BSX = merge_heads(self.attend(q_BHSC, k_BHMC, projected["value"], context, cache))
 
         # O: dispatch, grouped_matmul, combine
         if "output" in exchanges:
-            mixed_XC = mixed_BSX.reshape(-1, self.config.head_dim)
-            rows = dispatcher.dispatch(exchanges["output"], mixed_XC, label="output")
-            weights = dispatcher.weights(exchanges["output"])
-            rows_RC, plan = rows.wait()
-            partials_PD = gate_then_project(rows_RC, weights.wait()["weight"], plan, backend=backend)
-            y_BSD = dispatcher.combine(exchanges["output"], partials_PD, label="output").wait().view(x_BSD.shape)
+            rows = dispatcher.dispatch(exchanges["output"], mixed_BSX.reshape(-1, self.config.head_dim), label="output")
+            weights = dispatcher.weights(exchanges["output"], label="output").wait()
+            y_TD = dispatcher.combine(rows, self._experts("output", weights), label="output").wait()
+            y_BSD = y_TD.view(x_BSD.shape)
         else:
             y_BSD = self.get_submodule("output")(mixed_BSX)
         return LayerOutput(y_BSD, spreads=routed.spreads, reports=routed.reports)
+
+    def _experts(self, name: str, weights: Mapping[str, Tensor]) -> Compute:
+        """grouped_matmul of a projection, its gate on the narrow side."""
+        project = gate_then_project if name == "output" else project_then_gate
+        return lambda rows_RX, plan: project(rows_RX, weights["weight"], plan, backend=self.place.backend)
 
     def _route(self, x_BMD: Tensor, x_BSD: Tensor, context: BatchContext) -> _Routed:
         choices, spreads, reports = {}, {}, {}
@@ -175,6 +178,11 @@ class SwitchHead(DeclaringModule):
         )
 
 
+def _heads_of_pairs(values_XC: Tensor, *, shape: Sequence[int]) -> Tensor:
+    """(B*S*H, C) -> (B, H, S, C) for shape (B, S, H)."""
+    return values_XC.view(*shape, values_XC.shape[1]).transpose(1, 2)
+
+
 def _of_the_row(part_THX: Tensor, x_BMD: Tensor, x_BSD: Tensor) -> Tensor:
     """The tokens of the row itself, without those of memory before it."""
     batch, length = x_BMD.shape[:2]
@@ -219,6 +227,7 @@ class GatedAttention(DeclaringModule):
             split_heads(p(x), self.num_heads)
             for p, x in ((self.query, x_BSD), (self.key, x_BMD), (self.value, values_BMD))
         )
-        mixed_BHSC = self.attend(*heads, context, cache)
+        q_BHSC, k_BHMC, v_BHMC = heads
+        mixed_BHSC = self.attend(q_BHSC, k_BHMC, Ready(v_BHMC), context, cache)
         gated_BHSC = (mixed_BHSC * gates_BSH.transpose(1, 2)[..., None]).to(mixed_BHSC.dtype)
         return LayerOutput(self.output(merge_heads(gated_BHSC)))

@@ -1,8 +1,9 @@
 """The `parallel` section of a run's config, and what one process knows about its place among the others.
 
-Owns the section's fields and the two rules that need the number of processes (`ep_size: auto`, `node_size: auto`).
-Builds no group and imports nothing but pydantic, so that one process trains with the rest of parallel/ missing. Read
-by launcher/environment.py (makes the ProcessInfo), train/config.py (composes the section) and everything in parallel/.
+Owns the section's fields and the rules that need the number of processes (ep_size, node_size, table_columns). What `exchange: auto`
+means for a bank is worked out by parallel/volume.py. Builds no group and imports nothing but pydantic, so that one process trains with
+the rest of parallel/ missing. Read by launcher/environment.py (makes the ProcessInfo), train/config.py (composes the section) and
+everything in parallel/.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -25,10 +26,22 @@ class ParallelConfig(BaseModel):
     )
     zero_stage: int = Field(default=1, description="DeepSpeed ZeRO stage: 0, 1 or 2")
     exchange: Literal["auto", "tokens", "weights"] = Field(
-        default="auto", description="what travels to the other ranks; auto means tokens"
+        default="auto",
+        description="what travels to the other ranks of the expert group; auto: for each bank what is fewer bytes",
+    )
+    chunks: Size = Field(
+        default=1, description="parts into which an exchange is cut so that one part travels while another is computed"
+    )
+    table_columns: Size | Literal["auto"] = Field(
+        default="auto",
+        description="ranks of the expert group among which the width of a product-key table is split; divides ep_size and d_model; "
+        "auto: what is fewest bytes; a number above 1 keeps tables from travelling as weights",
     )
     node_size: Size | Literal["auto"] = Field(
         default="auto", description="processes with fast links between them; auto: those of one machine"
+    )
+    watchdog_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Field(
+        default=300.0, description="seconds without progress after which a hang is named and the job ended"
     )
 
     @model_validator(mode="before")
@@ -53,12 +66,14 @@ class ParallelConfig(BaseModel):
             raise ValueError(f"must be 0, 1 or 2, but it is {stage}: use 1, which splits the optimizer's state")
         return stage
 
-    @field_validator("exchange")
-    @classmethod
-    def _check_exchange(cls, exchange: str) -> str:
-        if exchange == "weights":
-            raise ValueError("must be auto or tokens, but it is weights, which this version does not send: use auto")
-        return exchange
+    @model_validator(mode="after")
+    def _columns_go_with_tokens(self) -> Self:
+        if self.exchange == "weights" and self.table_columns not in (1, "auto"):
+            raise ValueError(
+                f"a table whose weights travel is not split by columns, but exchange is weights and table_columns is {self.table_columns}: "
+                "set table_columns to auto or exchange to tokens"
+            )
+        return self
 
 
 class ProcessInfo(BaseModel):
@@ -130,6 +145,40 @@ def resolve_ep_size(
             f"parallel.ep_size must divide the number of processes, but ep_size is {setting} and there are {processes} "
             f"processes: use {_listed(_divisors(processes))} or auto, or start another number of processes"
         )
+    return setting
+
+
+def check_nodes(*, ep_size: int, node_size: int) -> None:
+    """ValueError where an expert group that is larger than a node is not made of whole nodes, which its exchange in two hops needs."""
+    if ep_size > node_size and ep_size % node_size:
+        raise ValueError(
+            f"parallel.node_size must divide an ep_size that is larger, but node_size is {node_size} and ep_size is {ep_size}: "
+            f"set parallel.ep_size to a multiple of {node_size} or to auto, or parallel.node_size to a divisor of {ep_size}"
+        )
+
+
+def resolve_table_columns(
+    setting: int | Literal["auto"], *, ep_size: int, d_model: int, has_tables: bool
+) -> int | Literal["auto"]:
+    """The setting, checked: parallel/volume.py makes a number of `auto`, for each table.
+
+    Raises:
+        ValueError: a number does not divide `ep_size` or `d_model`, or is above 1 and no layer has a table.
+    """
+    if setting == "auto":
+        return setting
+    if setting > 1 and not has_tables:
+        raise ValueError(
+            f"parallel.table_columns splits product-key tables, but table_columns is {setting} and model.feedforwards names no layer "
+            "with one: set parallel.table_columns to auto"
+        )
+    common = [size for size in _divisors(ep_size) if d_model % size == 0]
+    for name, value in (("ep_size", ep_size), ("model.d_model", d_model)):
+        if value % setting:
+            raise ValueError(
+                f"parallel.table_columns must divide ep_size and d_model, but table_columns is {setting} and {name} is {value}: "
+                f"use {_listed(common)} or auto"
+            )
     return setting
 
 

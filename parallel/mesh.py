@@ -1,7 +1,8 @@
 """The processes of a run: who they are, which groups they form, and how they agree. The only maker of process groups.
 
 Groups come from megatron.core.parallel_state (expert-parallel ranks are consecutive, expert-data ranks strided); zero.py registers
-the same groups with DeepSpeed, so there is one set of communicators. train/ asks the mesh and never torch.distributed.
+the same groups with DeepSpeed, so there is one set of communicators. train/ asks the mesh and never torch.distributed. What the mesh
+itself sends is in its ledger (parallel/ledger.py), which everything else that communicates is handed.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -21,40 +22,78 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from parallel.config import ProcessInfo
+from parallel.ledger import Ledger, Traffic, Where
+from parallel.peers import Peers, peers_of
+from parallel.traffic import exchange_record
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process among all: its place, its device, and the three groups every collective of a run uses.
+    """This process among all: its place, its device, and the groups every collective of a run uses.
 
-    world_group: all ranks (data parallel). expert_group: the ep_size ranks that share one copy of the experts. expert_data_group:
-    the world_size / ep_size ranks that hold the same experts.
+    world: all ranks (data parallel). experts: the ep_size ranks that share one copy of the experts. expert_data: the world_size /
+    ep_size ranks that hold the same experts. `*_group` are their communicators. node and rail, where ep_size is above node_size
+    (None otherwise): the ranks of the expert group on this node, and those with the same place in their nodes.
     """
 
     rank: int
     world_size: int
     ep_rank: int
     ep_size: int
+    node_size: int
     device: torch.device
-    world_group: dist.ProcessGroup
-    expert_group: dist.ProcessGroup
-    expert_data_group: dist.ProcessGroup
+    world: Peers
+    experts: Peers
+    expert_data: Peers
+    node: Peers | None
+    rail: Peers | None
+    ledger: Ledger
+    _steps: list[Traffic] = field(default_factory=list)
+
+    @property
+    def world_group(self) -> dist.ProcessGroup:
+        return self.world.group
+
+    @property
+    def expert_group(self) -> dist.ProcessGroup:
+        return self.experts.group
+
+    @property
+    def expert_data_group(self) -> dist.ProcessGroup:
+        return self.expert_data.group
+
+    def begin_step(self, step: int) -> None:
+        """Step number `step` (1 is the first) begins. What was sent since the last step (evaluation, checkpoint) is no step's."""
+        self.ledger.take()
+        self.ledger.step = step
+
+    def end_step(self) -> None:
+        """What was sent since `begin_step` belongs to the step."""
+        self._steps.append(self.ledger.take())
+
+    def exchange(self) -> dict[str, Any]:
+        """What the steps since the last call sent and waited: see parallel/traffic.py. Every rank calls it."""
+        traffic, num_steps = sum(self._steps, Traffic()), len(self._steps)
+        self._steps.clear()
+        return exchange_record(self, traffic, num_steps=num_steps)
 
     def barrier(self) -> None:
         """Returns when every rank is here."""
-        self.sum(torch.zeros(1)).item()  # the host waits too, also for NCCL
+        self._all_reduce(torch.zeros(1), verb="barrier").item()
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks of a tensor of one shape and dtype, on every rank: one all-reduce of its bytes over the world group."""
-        total = values.detach().to(self.device, copy=True)
-        dist.all_reduce(total, group=self.world_group)
-        return total
+        return self._all_reduce(values, verb="sum")
+
+    def max(self, values: Tensor) -> Tensor:
+        """Like `sum`, but element by element the largest."""
+        return self._all_reduce(values, verb="max", op=dist.ReduceOp.MAX)
 
     def agree(self, flag: bool) -> bool:
         """True on every rank if it is true on any. All-reduce of 4 bytes over the world group."""
-        return bool(self.sum(torch.tensor(float(flag))).item() > 0)
+        return bool(self._all_reduce(torch.tensor(float(flag)), verb="agree").item() > 0)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """The JSON value of every rank, in rank order, on every rank. JSON, because no pickle is decoded anywhere."""
@@ -66,8 +105,19 @@ class Mesh:
         for source, text in enumerate(texts):  # ragged: one broadcast for each rank, of its own length
             if source == self.rank:
                 text.copy_(mine)
-            dist.broadcast(text, group_src=source, group=self.world_group)
+            sent = self.world.broadcast(text.numel(), source=source)
+            with self.ledger.collective(Where("run", "", "tell"), sent):
+                dist.broadcast(text, group_src=source, group=self.world_group)
         return [json.loads(bytes(text.cpu().numpy())) for text in texts]
+
+    def _all_reduce(self, values: Tensor, *, verb: str, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        total = values.detach().to(self.device, copy=True)
+        sent = self.world.all_reduce(total.numel() * total.element_size())
+        with self.ledger.collective(Where("run", "", verb), sent):
+            dist.all_reduce(total, op=op, group=self.world_group)
+            if total.is_cuda:
+                torch.cuda.current_stream().synchronize()  # all callers read it at once: let them wait where the watchdog sees it
+        return total
 
     def raise_together(self, error: Exception | None) -> None:
         """Every rank calls it with its own error or None; if any has one, all raise the first failing rank's.
@@ -87,12 +137,19 @@ class Mesh:
 
 
 @contextlib.contextmanager
-def open_mesh(info: ProcessInfo, *, ep_size: int, device: torch.device, timeout_s: float = 600.0) -> Iterator[Mesh]:
+def open_mesh(
+    info: ProcessInfo, *, ep_size: int, device: torch.device, node_size: int | None = None, timeout_s: float = 600.0
+) -> Iterator[Mesh]:
     """Joins the processes of the run and leaves them again.
 
-    A collective that waits longer than `timeout_s` seconds for a rank fails with an error instead of waiting for ever (in whole
-    minutes, rounded up).
+    node_size: processes with fast links between them, consecutive ranks (None: all). A collective that waits longer than `timeout_s`
+    seconds for a rank fails with an error instead of waiting for ever (some groups in whole minutes, rounded up).
+
+    Raises:
+        ValueError: ep_size is above node_size and not a multiple of it.
     """
+    node_size = node_size or info.world_size
+    _check_nodes(ep_size, node_size)
     owns_process_group = not dist.is_initialized()
     if owns_process_group:
         place = {"RANK": info.rank, "WORLD_SIZE": info.world_size, "LOCAL_RANK": info.local_rank}
@@ -106,20 +163,64 @@ def open_mesh(info: ProcessInfo, *, ep_size: int, device: torch.device, timeout_
             store=HashStore() if info.world_size == 1 else None,  # one process needs no port
         )
     try:
-        with _groups(ep_size, timeout_s=timeout_s) as parallel_state:
+        with (
+            _groups(ep_size, timeout_s=timeout_s) as parallel_state,
+            _node_groups(info, ep_size=ep_size, node_size=node_size, timeout_s=timeout_s) as (node, rail),
+        ):
+            ledger = Ledger()
+
+            def peers(group: Any) -> Peers:
+                return peers_of(group, node_size=node_size, ledger=ledger)
+
             yield Mesh(
                 rank=info.rank,
                 world_size=info.world_size,
                 ep_rank=parallel_state.get_expert_model_parallel_rank(),
                 ep_size=ep_size,
+                node_size=node_size,
                 device=device,
-                world_group=parallel_state.get_data_parallel_group(),
-                expert_group=parallel_state.get_expert_model_parallel_group(),
-                expert_data_group=parallel_state.get_expert_data_parallel_group(),
+                world=peers(parallel_state.get_data_parallel_group()),
+                experts=peers(parallel_state.get_expert_model_parallel_group()),
+                expert_data=peers(parallel_state.get_expert_data_parallel_group()),
+                node=None if node is None else peers(node),
+                rail=None if rail is None else peers(rail),
+                ledger=ledger,
             )
     finally:
         if owns_process_group:
             dist.destroy_process_group()
+
+
+def _check_nodes(ep_size: int, node_size: int) -> None:
+    if ep_size > node_size and ep_size % node_size:
+        raise ValueError(
+            f"an expert group over several nodes must fill them: parallel.ep_size must be a multiple of node_size, but ep_size is "
+            f"{ep_size} and node_size is {node_size}: set parallel.ep_size to at most {node_size} or to a multiple of it"
+        )
+
+
+@contextlib.contextmanager
+def _node_groups(
+    info: ProcessInfo, *, ep_size: int, node_size: int, timeout_s: float
+) -> Iterator[tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]]:
+    """This rank's two parts of an expert group that spans nodes. Every rank makes every group, in one order."""
+    if ep_size <= node_size:
+        yield None, None
+        return
+    rows = [list(range(first, first + node_size)) for first in range(0, info.world_size, node_size)]
+    experts = [list(range(first, first + ep_size)) for first in range(0, info.world_size, ep_size)]
+    rails = [ranks[place::node_size] for ranks in experts for place in range(node_size)]
+    made: dict[str, Any] = {}
+    try:
+        for kind, groups in (("node", rows), ("rail", rails)):
+            for ranks in groups:
+                group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
+                if info.rank in ranks:
+                    made[kind] = group
+        yield made["node"], made["rail"]
+    finally:
+        for group in made.values():  # left alive, each would keep its threads and connections
+            dist.destroy_process_group(group)
 
 
 @contextlib.contextmanager

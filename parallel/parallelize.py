@@ -4,34 +4,47 @@ Layers are found by what they hold (an ExpertBank, a dispatcher, statistics), no
 line here.
 """
 
-from model.parameters import ExpertBank, materialize
+from collections.abc import Mapping
+
+from model.parameters import ExpertBank, Table, materialize
 from model.transformer import Transformer
 from parallel.expert import AllToAllDispatcher
 from parallel.mesh import Mesh
 from parallel.statistics import AllRankStatistics
+from parallel.volume import BankExchange
 from parallel.zero import mark_experts
 
 
-def parallelize(model: Transformer, mesh: Mesh, *, seed: int) -> None:
+def parallelize(
+    model: Transformer, mesh: Mesh, *, seed: int, exchanges: Mapping[str, BankExchange], chunks: int = 1
+) -> None:
     """Rewires a model that is still on the meta device, then draws the weights that this rank owns.
 
-    With ep_size 1 every rank keeps whole banks and rows stay at home; only the statistics reach other ranks.
+    exchanges: what travels, for each bank by its path in the model. chunks: parts into which the tokens of an exchange are cut. With
+    ep_size 1 every rank keeps whole banks and rows stay at home; only the statistics reach other ranks.
     """
     if mesh.ep_size > 1:
         # 1. banks first: materialize must see the local shapes
-        for module in model.modules():
-            if isinstance(module, ExpertBank):
+        gathered = set()
+        for path, module in model.named_modules():
+            if isinstance(module, Table):
+                module.shard(rank=mesh.ep_rank, size=mesh.ep_size, columns=exchanges[path].columns)
+            elif isinstance(module, ExpertBank):
                 module.shard(rank=mesh.ep_rank, size=mesh.ep_size)
-        # 2. rows now travel to the owners of their experts; one dispatcher serves all layers, it keeps no state between calls
-        dispatcher = AllToAllDispatcher(mesh.expert_group)
-        for module in model.modules():
+            if isinstance(module, ExpertBank) and exchanges[path].mode == "weights":
+                gathered.add(module)
+        # 2. rows now travel to the owners of their experts, or weights to the rows; a dispatcher keeps no state between calls
+        levels = () if mesh.rail is None or mesh.node is None else (mesh.rail, mesh.node)
+        for path, module in model.named_modules():
             if hasattr(module, "dispatcher"):
+                dispatcher = AllToAllDispatcher(
+                    mesh.experts, layer=path, levels=levels, gathered=gathered, chunks=chunks
+                )
                 module.dispatcher = dispatcher  # pyright: ignore[reportArgumentType]
     # 3. statistics over the micro-step's rows on all ranks
-    statistics = AllRankStatistics(mesh.world_group)
-    for module in model.modules():
+    for path, module in model.named_modules():
         if hasattr(module, "statistics"):
-            module.statistics = statistics  # pyright: ignore[reportArgumentType]
+            module.statistics = AllRankStatistics(mesh.world, layer=path)  # pyright: ignore[reportArgumentType]
     # 4. weights: each block by its own generator, so equal at every layout
     materialize(model, seed=seed, device=mesh.device)
     # 5. last, because it marks parameters: who shares which gradient

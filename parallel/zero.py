@@ -7,6 +7,7 @@ What DeepSpeed does silently wrong for us, and what is done about it (tests in t
 - `round_robin_gradients` corrupts the map from weights to partitions: refused by being written as false, and the map is checked.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -21,7 +22,9 @@ from model.context import BatchContext
 from model.fragments import Fragment, create_state, fragment, set_step_count, share
 from model.parameters import ExpertBank, LogicalParameter, logical_parameters
 from model.transformer import ModelOutput, Transformer
+from parallel.ledger import Where
 from parallel.mesh import Mesh
+from parallel.zero_ledger import counted
 
 
 def _import_deepspeed() -> Any:
@@ -99,6 +102,8 @@ class ZeroEngine:
         self.stage = stage
         self.clip_grad_norm = clip_grad_norm
         deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        self._counting = contextlib.ExitStack()
+        self._counting.enter_context(counted(deepspeed.comm.comm.cdb, mesh))
         deepspeed_groups._WORLD_GROUP = mesh.world_group  # the mesh's communicator instead of a clone of the world
         self._deepspeed, *_ = deepspeed.initialize(
             model=model,
@@ -137,7 +142,8 @@ class ZeroEngine:
                 gradients.append(gradient)
                 (experts if self._is_split(parameter) else dense).add_(gradient.float().square().sum())
         if self.mesh.ep_size > 1:
-            dist.all_reduce(experts, group=self.mesh.expert_group)
+            with self.mesh.ledger.collective(Where("optimizer", "", "norm"), self.mesh.experts.all_reduce(4)):
+                dist.all_reduce(experts, group=self.mesh.expert_group)
         norm = float((dense + experts).sqrt())
         if self.clip_grad_norm > 0 and norm > self.clip_grad_norm:
             for gradient in gradients:
@@ -177,6 +183,7 @@ class ZeroEngine:
         """Forgets DeepSpeed's tables, so that another engine with other groups can be made in this process."""
         from deepspeed.utils import groups
 
+        self._counting.close()
         self._deepspeed.destroy()
         for table in (
             groups._EXPERT_PARALLEL_GROUP,

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +23,9 @@ from train.checkpoint import read_tensors
 from train.config import Config, Layout
 from train.engine import Engine, LocalMesh, PlainEngine, World
 from train.optimizer import build_optimizer, parameter_groups
+
+if TYPE_CHECKING:
+    from parallel.volume import BankExchange
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,17 @@ def set_up_torch(config: Config, info: ProcessInfo) -> torch.device:
     index = info.local_rank if visible > 1 else 0  # SLURM may show each task only its own
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def exchange_notes(config: Config, layout: Layout, *, processes: int) -> list[str]:
+    """Sentences for the log: what travels for each bank and why, equal ones of several layers once."""
+    if layout.ep_size == 1:
+        return []
+    depths: dict[tuple[str, BankExchange], list[str]] = {}
+    for path, chosen in choose_exchanges(config, layout, processes=processes).items():
+        _, depth, name = path.split(".", 2)
+        depths.setdefault((name, chosen), []).append(depth)
+    return [chosen.sentence(f"layers.{','.join(found)}.{name}") for (name, chosen), found in depths.items()]
 
 
 def build_model(config: Config, *, vocab_size: int, device: torch.device) -> Transformer:
@@ -110,6 +125,25 @@ def build_memory(config: Config, world: World, *, evaluation: bool = False) -> S
     )
 
 
+def choose_exchanges(config: Config, layout: Layout, *, processes: int) -> "dict[str, BankExchange]":
+    """What travels, rows or weights, for each bank by its path in the model: by the shapes of a training micro-step."""
+    from parallel.volume import ExpertGroup, choose_exchange
+
+    micro_rows = config.data.global_batch_size // config.optim.accumulation_steps
+    return {
+        bank.path: choose_exchange(
+            bank.shape,
+            ExpertGroup(layout.ep_size, layout.node_size),
+            tokens=micro_rows // processes * config.data.sequence_length,
+            wire_bytes=getattr(torch, config.run.dtype).itemsize,
+            chunks=config.parallel.chunks,
+            exchange=config.parallel.exchange,
+            table_columns=config.parallel.table_columns,
+        )
+        for bank in config.model.banks()
+    }
+
+
 @contextlib.contextmanager
 def open_world(
     config: Config, info: ProcessInfo, layout: Layout, *, device: torch.device
@@ -132,12 +166,21 @@ def open_world(
 
     from parallel.mesh import open_mesh
     from parallel.parallelize import parallelize
+    from parallel.watchdog import watch
     from parallel.zero import ZeroEngine
 
-    with open_mesh(info, ep_size=layout.ep_size, device=device) as mesh, contextlib.ExitStack() as engines:
+    watchdog_s = config.parallel.watchdog_s
+    # torch's own patience is the longer one: the watchdog names what torch would only call a timeout. 600 s for a slow start
+    place = {"ep_size": layout.ep_size, "node_size": layout.node_size, "timeout_s": max(600.0, 2 * watchdog_s)}
+    with (
+        open_mesh(info, device=device, **place) as mesh,
+        watch(mesh, timeout_s=watchdog_s, folder=Path(config.run.dir) / "hang"),
+        contextlib.ExitStack() as engines,
+    ):
 
         def zero_engine(model: Transformer) -> Engine:
-            parallelize(model, mesh, seed=config.run.seed)
+            chosen = choose_exchanges(config, layout, processes=info.world_size)
+            parallelize(model, mesh, seed=config.run.seed, exchanges=chosen, chunks=config.parallel.chunks)
             groups = parameter_groups(model, weight_decay=config.optim.weight_decay)
             stage = config.parallel.zero_stage
             engine = ZeroEngine(

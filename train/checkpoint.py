@@ -221,7 +221,9 @@ def _write_manifest(partial: Path, state: TrainState, reports: Sequence[Report],
             pieces[name] += of_rank
     tensors = {
         name: TensorEntry(
-            shape=ranges[0].shape, dtype=ranges[0].dtype, pieces=sorted(pieces[name], key=lambda piece: piece.start)
+            shape=ranges[0].shape,
+            dtype=ranges[0].dtype,
+            pieces=sorted(pieces[name], key=lambda piece: (piece.box or [], piece.start)),
         )
         for name, ranges in sorted(union(reports).items())
     }

@@ -15,7 +15,14 @@ from pydantic import Field, model_validator
 from data.config import DataConfig, check_layout
 from model.config import ModelConfig
 from model.section import Section
-from parallel.config import ParallelConfig, ProcessInfo, resolve_ep_size, resolve_node_size
+from parallel.config import (
+    ParallelConfig,
+    ProcessInfo,
+    check_nodes,
+    resolve_ep_size,
+    resolve_node_size,
+    resolve_table_columns,
+)
 from train.config_errors import sections, validate
 from train.config_file import Tree, read_tree, yaml_text
 from train.match import solve_match
@@ -210,6 +217,10 @@ def check_world(config: Config, info: ProcessInfo) -> Layout:
         processes_per_node=node_size,
         smallest_bank=config.model.smallest_bank(),
     )
+    check_nodes(ep_size=ep_size, node_size=node_size)
+    has_tables = any(bank.shape.is_table for bank in config.model.banks())
+    columns, d_model = config.parallel.table_columns, config.model.d_model
+    resolve_table_columns(columns, ep_size=ep_size, d_model=d_model, has_tables=has_tables)
     return Layout(ep_size=ep_size, node_size=node_size)
 
 

@@ -4,7 +4,6 @@ Owns the turning of fragments and named tensors into parts, what the ranks tell 
 written twice, left out or put into another shape. Does not own the exchange itself nor files. Called by train/checkpoint.py.
 """
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,18 +13,24 @@ import torch
 from torch import Tensor
 
 from model.fragments import Fragment
-from train.manifest import MANIFEST, STATE, TENSOR_NAME, Count, DType, Manifest, Record, TensorName, check_cover
+from train.boxes import Span, box_of, check_cover
+from train.manifest import MANIFEST, STATE, TENSOR_NAME, Count, DType, Manifest, Record, Sides, TensorName
 from train.storage import DTYPE_NAMES, DTYPES, Part
 
 
 class Held(Record):
-    """A range [start, end) of one logical tensor that a process writes or fills."""
+    """A range [start, end) of one logical tensor's flat box (None: the whole) that a process writes or fills."""
 
     name: TensorName
     shape: list[Count]
     dtype: DType
     start: Count
     end: Count
+    box: Sides | None = None
+
+    @property
+    def span(self) -> Span:
+        return Span(box_of(self.box, self.shape), self.start, self.end)
 
 
 class Report(Record):
@@ -38,8 +43,15 @@ class Report(Record):
     @classmethod
     def of(cls, parts: Sequence[Part], *, step: int, position: int) -> "Report":
         held = [
-            Held(name=p.name, shape=list(p.shape), dtype=DTYPE_NAMES[p.values.dtype], start=p.start, end=p.end)
-            for p in parts
+            Held(
+                name=part.name,
+                shape=list(part.shape),
+                dtype=DTYPE_NAMES[part.values.dtype],
+                start=part.start,
+                end=part.end,
+                **({} if part.box is None else {"box": [list(side) for side in part.box]}),
+            )
+            for part in parts
         ]
         return cls(step=step, position=position, held=held)
 
@@ -59,7 +71,7 @@ def parts_of(fragments: Sequence[Fragment], tensors: Mapping[str, Tensor]) -> li
                 f"the tensors of a fragment must be float32, 1-D and equally long, but {fragment.name} has {found}"
             )
         for kind, view in fragment.tensors.items():
-            parts.append(Part(f"{kind}/{fragment.name}", tuple(fragment.shape), fragment.start, view))
+            parts.append(Part(f"{kind}/{fragment.name}", tuple(fragment.shape), fragment.start, view, fragment.box))
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(
@@ -106,7 +118,7 @@ def check_save(reports: Sequence[Report]) -> None:
     """
     remedy = "the ranks must bring each element once, replicas and named tensors from one rank only"
     for name, ranges in union(reports).items():
-        check_cover(name, math.prod(ranges[0].shape), [(held.start, held.end) for held in ranges], remedy=remedy)
+        check_cover(name, ranges[0].shape, [held.span for held in ranges], remedy=remedy)
 
 
 def check_load(path: Path, manifest: Manifest, reports: Sequence[Report]) -> None:
@@ -130,7 +142,7 @@ def check_load(path: Path, manifest: Manifest, reports: Sequence[Report]) -> Non
             raise RuntimeError(
                 f"{name} is {entry.dtype} {entry.shape} in the checkpoint {path} and {dtype} {shape} in the model: {remedy}"
             )
-        spans = [(held.start, held.end) for held in ranges]
+        spans = [held.span for held in ranges]
         check_cover(
-            f"{name} in the model", entry.numel, spans, replicas=True, remedy="some rank must take each element"
+            f"{name} in the model", entry.shape, spans, replicas=True, remedy="some rank must take each element"
         )

@@ -31,6 +31,9 @@ class World(Protocol):
     def agree(self, flag: bool) -> bool: ...
     def all_gather_object(self, value: Any) -> list[Any]: ...
     def raise_together(self, error: Exception | None) -> None: ...
+    def begin_step(self, step: int) -> None: ...
+    def end_step(self) -> None: ...
+    def exchange(self) -> dict[str, Any]: ...
 
 
 class LocalMesh:
@@ -57,6 +60,15 @@ class LocalMesh:
     def raise_together(self, error: Exception | None) -> None:
         if error is not None:
             raise error
+
+    def begin_step(self, step: int) -> None:
+        pass
+
+    def end_step(self) -> None:
+        pass
+
+    def exchange(self) -> dict[str, Any]:
+        return {}
 
 
 class Engine(Protocol):

@@ -1,18 +1,20 @@
 """The manifest: what a checkpoint holds, and the rules by which it is whole.
 
-Owns the fields of manifest.json (docs/checkpoint_format.md is the contract), their reading with every check that needs no tensor
-data, and the rule that ranges cover a tensor exactly. Does not own files of tensors (train/storage.py) nor the order in which a
-checkpoint is written and made visible (train/checkpoint.py, the caller of both).
+Owns the fields of manifest.json (docs/checkpoint_format.md is the contract) and their reading with every check that needs no tensor
+data. Does not own files of tensors (train/storage.py) nor the order in which a checkpoint is written and made visible
+(train/checkpoint.py, the caller of both).
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from train.boxes import Span, box_of, check_cover
 
 FORMAT = "switchyard-checkpoint"
 VERSION = 1
@@ -26,6 +28,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors$")]
 TENSOR_NAME = r"^[a-z][a-z0-9_]*/[A-Za-z0-9_.-]+$"
 TensorName = Annotated[str, Field(pattern=TENSOR_NAME)]
+Sides = list[Annotated[list[Count], Field(min_length=2, max_length=2)]]  # a box: [first, end) per dimension
 DType = Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"]
 
 
@@ -52,7 +55,10 @@ class Piece(Record):
     key: str
     start: Count
     length: Annotated[int, Field(ge=1)]
-    box: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] | None = None
+    box: Sides | None = None
+
+    def span(self, shape: Sequence[int]) -> Span:
+        return Span(box_of(self.box, shape), self.start, self.start + self.length)
 
 
 class TensorEntry(Record):
@@ -118,36 +124,6 @@ def sum_line(data: bytes, name: str) -> bytes:
     return f"{hashlib.sha256(data).hexdigest()}  {name}\n".encode()
 
 
-def check_cover(
-    name: str, numel: int, ranges: Iterable[tuple[int, int]], *, replicas: bool = False, remedy: str
-) -> None:
-    """The [start, end) ranges hold each of `numel` elements exactly once (at least once if `replicas`).
-
-    Raises:
-        RuntimeError: a gap, an overlap or a range beyond the end, with the tensor's name, the elements and `remedy`.
-    """
-    covered = 0
-    for start, end in sorted(ranges):
-        if start == end:
-            continue
-        if start > covered:
-            raise RuntimeError(
-                f"{name} must be covered exactly, but elements [{covered}, {start}) of {numel} are missing: {remedy}"
-            )
-        if start < covered and not replicas:
-            overlap = f"[{start}, {min(covered, end)})"
-            raise RuntimeError(
-                f"{name} must be covered exactly, but elements {overlap} of {numel} are there twice: {remedy}"
-            )
-        covered = max(covered, end)
-    if covered < numel:
-        raise RuntimeError(
-            f"{name} must be covered exactly, but elements [{covered}, {numel}) of {numel} are missing: {remedy}"
-        )
-    if covered > numel:
-        raise RuntimeError(f"{name} has {numel} elements, but a range ends at {covered}: {remedy}")
-
-
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint `path`: checksum, version, fields, names and coverage checked; tensor files are not opened.
 
@@ -200,16 +176,10 @@ def _parse(data: bytes, file: Path) -> Manifest:
 
 
 def _check_pieces(file: Path, manifest: Manifest, name: str, entry: TensorEntry) -> None:
-    whole = [[0, size] for size in entry.shape]
     for piece in entry.pieces:
-        if piece.box is not None and piece.box != whole:
-            raise RuntimeError(
-                f"{name} in {file} has a piece with the box {piece.box} of shape {entry.shape}, and this program reads only "
-                "pieces of whole tensors: use the program that wrote it to export the checkpoint"
-            )
         if piece.file not in manifest.files:
             raise RuntimeError(
                 f"{name} in {file} has a piece in {piece.file}, which is not among its files: the writer is at fault"
             )
-    ranges = [(piece.start, piece.start + piece.length) for piece in entry.pieces]
-    check_cover(f"{name} in {file}", entry.numel, ranges, remedy="the writer is at fault, use another checkpoint")
+    spans = [piece.span(entry.shape) for piece in entry.pieces]
+    check_cover(f"{name} in {file}", entry.shape, spans, remedy="the writer is at fault, use another checkpoint")

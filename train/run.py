@@ -8,22 +8,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import indent
 from typing import Any
-
-import torch
 
 from data.index import check_tokenizer
 from data.loader import Batch, heldout_batches, train_batches
-from model.cost_table import model_table, table_text
 from model.memory import StreamMemory
 from model.parameters import count_parameters, states_of
 from model.router import collapse_alarm
 from model.selection import bias_ranges
 from parallel.config import ProcessInfo
 from train import checkpoint
-from train.build import Data, build_memory, build_model, notes, open_data, open_world, set_up_torch
-from train.config import Config, Layout, check_resume, check_world, to_yaml
+from train.build import Data, build_memory, build_model, exchange_notes, notes, open_data, open_world, set_up_torch
+from train.config import Config, Layout, check_resume, check_world
 from train.engine import Engine, World
 from train.evaluate import evaluate
 from train.metrics import MetricsWriter, Reporter, evaluation_record, router_record, step_record
@@ -85,7 +81,7 @@ def run(config: Config, info: ProcessInfo) -> None:
                 f"{count_parameters(model):,} parameters on {info.world_size} process(es), ep_size {layout.ep_size}, "
                 f"zero_stage {config.parallel.zero_stage}, {config.run.dtype}, grouped_matmul by {model.backend}"
             )
-            for note in notes(config, device):
+            for note in [*notes(config, device), *exchange_notes(config, layout, processes=info.world_size)]:
                 reporter.say(note)
             for change in changes:
                 reporter.say(f"changed since the run began: {change}")
@@ -95,24 +91,6 @@ def run(config: Config, info: ProcessInfo) -> None:
             world.barrier()  # every rank has read the run folder, and nothing was refused, before rank 0 writes into it
             on_rank_zero(world, lambda: write_folder(config))
             train(job, start, batches)
-
-
-def dry_run(config: Config, info: ProcessInfo) -> None:
-    """Prints the resolved config and the table of the model, as one YAML text; starts nothing and writes nothing.
-
-    Raises:
-        ValueError: what `run` would refuse before its first step; model.vocab_size is null and there are no shards to ask.
-    """
-    check_world(config, info)
-    vocab_size = config.model.vocab_size or open_data(config).train.vocab_size
-    model = build_model(config, vocab_size=vocab_size, device=torch.device("cpu"))
-    if info.rank == 0:
-        print(to_yaml(config), end="")
-        for note in notes(config, torch.device("cpu")):
-            print(f"# {note}")
-        print(f"# vocabulary: {vocab_size:,} tokens\n# parameters: {count_parameters(model):,}")
-        length = config.data.sequence_length
-        print(indent(table_text(model_table(model, length=length), length=length), "# "))
 
 
 def restore(job: Job) -> Progress:
@@ -223,6 +201,8 @@ def _measure(
     )
     reports = total_reports(result.reports, job.world)
     record["routers"] = router_record(reports)
+    if exchange := job.world.exchange():
+        record["exchange"] = exchange
     if alarm := collapse_alarm(reports):
         job.reporter.say(f"step {done.step}: {alarm}")
     if ranges := bias_ranges(job.engine.model):

@@ -99,6 +99,7 @@ def train_step(
         RuntimeError: the loss or the gradient norm is not finite, or a rank could not read its rows: on every rank alike.
             Checkpoints stay as they are.
     """
+    world.begin_step(step + 1)
     engine.model.train()
     totals = _Totals()
     for micro_step in range(settings.accumulation_steps):
@@ -108,6 +109,7 @@ def train_step(
     if engine.model.balances:
         engine.model.balance(total_reports(totals.reports, world))
     result = _reduce(totals, world, grad_norm=grad_norm, accumulation_steps=settings.accumulation_steps)
+    world.end_step()
     if not (torch.tensor([result.loss, result.auxiliary_loss, grad_norm]).isfinite().all()):
         raise RuntimeError(
             f"the loss and the gradient norm must be finite, but at step {step + 1} the loss is {result.loss}, the auxiliary loss "

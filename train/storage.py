@@ -20,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model.parameters import Box
+from train.boxes import Span, box_of, common, text
 from train.manifest import DType, FileEntry, Manifest, Piece, Record
 
 # What a writer holds in host memory at a time: the 12 GB of a GPU reach the disk without a second copy of them.
@@ -42,16 +44,23 @@ DTYPE_NAMES: dict[torch.dtype, DType] = {dtype: name for name, dtype in DTYPES.i
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [start, start + values.numel()) of the flat logical tensor `name`, in live storage that is read or filled."""
+    """Elements [start, start + values.numel()) of the flat `box` (None: the whole) of the logical tensor `name`, in live storage that is
+    read or filled.
+    """
 
     name: str  # "<kind>/<logical name>"
     shape: tuple[int, ...]
     start: int
     values: Tensor  # 1-D
+    box: Box | None = None
 
     @property
     def end(self) -> int:
         return self.start + self.values.numel()
+
+    @property
+    def span(self) -> Span:
+        return Span(box_of(self.box, self.shape), self.start, self.end)
 
 
 class Written(Record):
@@ -122,15 +131,17 @@ def write_tensors(path: Path, parts: Sequence[Part]) -> Written:
     pieces: dict[str, list[Piece]] = defaultdict(list)
     offset = 0
     for part in cut:
-        key = f"{part.name}@{part.start}"
+        box = part.span.box
+        key = f"{part.name}{'' if box is None else text(box)}@{part.start}"
         size = part.values.numel() * part.values.itemsize
         dtype = DTYPE_NAMES[part.values.dtype]
         header[key] = {"dtype": dtype, "shape": [part.values.numel()], "data_offsets": [offset, offset + size]}
-        pieces[part.name].append(Piece(file=path.name, key=key, start=part.start, length=part.values.numel()))
+        place = {} if box is None else {"box": [list(side) for side in box]}
+        pieces[part.name].append(Piece(file=path.name, key=key, start=part.start, length=part.values.numel(), **place))
         offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    start = len(text).to_bytes(8, "little") + text
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    start = len(head).to_bytes(8, "little") + head
 
     def chunks() -> Iterator[bytes | memoryview]:
         yield start
@@ -143,11 +154,13 @@ def write_tensors(path: Path, parts: Sequence[Part]) -> Written:
 def _cut(part: Part) -> Iterator[Part]:
     step = PIECE_BYTES // part.values.itemsize
     for first in range(0, part.values.numel(), step):
-        yield Part(part.name, part.shape, part.start + first, part.values[first : first + step])
+        yield Part(part.name, part.shape, part.start + first, part.values[first : first + step], part.box)
 
 
 def _bytes_of(values: Tensor) -> memoryview:
-    host = values.detach().cpu().contiguous()
+    host = (
+        values.detach().cpu().contiguous().as_strided(values.shape, (1,))
+    )  # a single element may come with any stride
     return host.view(torch.uint8).numpy().data  # by way of bytes, because numpy has no bfloat16
 
 
@@ -187,7 +200,7 @@ def read_parts(path: Path, manifest: Manifest, parts: Sequence[Part]) -> None:
     wanted: dict[str, list[tuple[Part, Piece]]] = defaultdict(list)
     for part in parts:
         for piece in manifest.tensors[part.name].pieces:
-            if piece.start < part.end and part.start < piece.start + piece.length:
+            if any(common(part.span, piece.span(part.shape), part.shape)):
                 wanted[piece.file].append((part, piece))
     for name, copies in wanted.items():  # file by file: who reads everything keeps one file open, not a thousand
         try:
@@ -205,6 +218,6 @@ def _copy(stored: Any, part: Part, piece: Piece, *, dtype: DType) -> None:
             f"{piece.key} in {piece.file} must have dtype {dtype} and shape {[piece.length]}, "
             f"but has {found[0]} and {found[1]}: the writer is at fault"
         )
-    first = max(part.start, piece.start)
-    end = min(part.end, piece.start + piece.length)
-    part.values[first - part.start : end - part.start].copy_(stored[first - piece.start : end - piece.start])
+    # a slice of `stored` is a view of the mapped file: some columns of some rows are copied without a whole row in memory
+    for to, source in common(part.span, piece.span(part.shape), part.shape):
+        to.of(part.values).copy_(source.of(stored))

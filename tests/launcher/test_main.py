@@ -77,6 +77,37 @@ def test_dry_run_from_another_folder_counts_the_parameters(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
+def test_dry_run_predicts_for_the_nodes_and_rates_of_the_command(tmp_path: Path) -> None:
+    rates = ["--nvlink-gb", "100", "--network-gb", "12.5", "--tflops", "2"]
+    plan = ["--dry-run", "--nodes", "2", "--gpus-per-node", "4", *rates]
+    done = start(MAIN, "--config", TINY, "--set", "model.vocab_size=4096", *plan, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for text in ("topology: 8 processes, 2 node(s) of 4; ep_size 4", " at 100 and 12.5 GB/s:", "sustained 2 TFLOP/s"):
+        assert text in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--nodes", "2"], ["--nodes belongs to --dry-run", "it is 2", "add --dry-run or remove --nodes"]),
+        (["--tflops", "9.5"], ["--tflops belongs to --dry-run", "it is 9.5"]),
+        (["--dry-run", "--gpus-per-node", "0"], ["--gpus-per-node must be above 0", "it is 0"]),
+        (["--dry-run", "--network-gb", "inf"], ["--network-gb must be above 0 and finite", "it is inf"]),
+        (["--dry-run", "--nodes", "3"], ["there are 3 processes"]),
+    ],
+)
+def test_a_plan_that_cannot_be_is_one_sentence(
+    in_process: Callable[..., None], capsys: pytest.CaptureFixture[str], flags: list[str], parts: list[str]
+) -> None:
+    in_process(raise_runtime_error)
+    assert main(["--config", TINY, "--set", "model.vocab_size=64", *flags]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    for part in parts:
+        assert part in error
+
+
 def test_a_wrong_config_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = start(MAIN, "--config", TINY, "--set", "optim.lrr=3", folder=tmp_path)
     assert done.returncode == 2

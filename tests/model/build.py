@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.attention import Attention
 from model.config import AttentionConfig, ModelConfig, SwitchHeadConfig
 from model.context import BatchContext, Memory
-from model.dispatch import LocalDispatcher, Routing
+from model.dispatch import Compute, LocalDispatcher, LocalPlan, Routing
 from model.feedforward_config import SigmaMoEConfig
 from model.layer import LayerOutput
 from model.parameters import materialize
@@ -282,10 +282,14 @@ class Watched(LocalDispatcher):
         self.calls.append(("dispatch", label, tuple(rows.shape)))
         return super().dispatch(exchange, rows, label=label)
 
-    def combine(self, exchange: Any, partials: Tensor, *, label: str) -> Any:
-        self.calls.append(("combine", label, tuple(partials.shape)))
-        return super().combine(exchange, partials, label=label)
+    def combine(self, arriving: Any, compute: Compute, *, label: str, gates_NK: Tensor | None = None) -> Any:
+        def watched(rows: Tensor, plan: LocalPlan) -> Tensor:
+            partials = compute(rows, plan)
+            self.calls.append(("combine", label, tuple(partials.shape)))
+            return partials
 
-    def weights(self, exchange: Any) -> Any:
+        return super().combine(arriving, watched, label=label, gates_NK=gates_NK)
+
+    def weights(self, exchange: Any, *, label: str) -> Any:
         self.calls.append("weights")
-        return super().weights(exchange)
+        return super().weights(exchange, label=label)

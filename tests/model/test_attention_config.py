@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from model.attention_config import AttentionConfig, SwitchHeadConfig
+from tests.model.build import place
 
 DENSE: dict[str, Any] = {"num_heads": 4, "head_dim": 8}
 SWITCHHEAD: dict[str, Any] = {"num_heads": 2, "head_dim": 8, "num_experts": 3, "top_k": 2}
@@ -115,13 +116,18 @@ def test_more_kept_keys_than_a_row_and_its_memory_have_are_refused():
 
 
 def test_every_expert_projection_has_a_bank():
-    assert SwitchHeadConfig(**SWITCHHEAD).banks() == [6, 6]
-    assert SwitchHeadConfig(**SWITCHHEAD, experts=("k",)).banks() == [6]
-    assert SwitchHeadConfig(**SWITCHHEAD, experts=("q", "k", "v", "o")).banks() == [6] * 4
-    assert SwitchHeadConfig(**ONE).banks() == [2, 2]
+    here = place("switchhead", d_model=24)
+
+    def groups(**settings: Any) -> list[int]:
+        return [bank.num_groups for bank in SwitchHeadConfig(**settings).banks(here)]
+
+    assert groups(**SWITCHHEAD) == [6, 6]
+    assert groups(**SWITCHHEAD, experts=("k",)) == [6]
+    assert groups(**SWITCHHEAD, experts=("q", "k", "v", "o")) == [6] * 4
+    assert groups(**ONE) == [2, 2]
     assert SwitchHeadConfig(**SWITCHHEAD).expert_widths(24) == {8, 24}
     without = SwitchHeadConfig(**ONE, single_expert="gate_output")
-    assert (without.banks(), without.expert_widths(24)) == ([], set())
+    assert (without.banks(here), without.expert_widths(24)) == ([], set())
 
 
 @pytest.mark.parametrize(

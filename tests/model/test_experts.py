@@ -1,6 +1,7 @@
 """What routed copies go through at the owner of their experts, against loops; and the identity of the gates' gradient."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,9 +121,8 @@ def test_factors_of_the_hidden_activations_are_applied_copy_by_copy():
 def test_the_mask_of_a_copy_is_that_of_its_token_and_its_global_expert(first_group: int):
     """The same copies held by a rank whose experts begin at 3: other experts, so other masks, and a token's experts differ."""
     hashes = token_hashes(context([2, 2**35]), 2, site="mlp_expert_hidden").flatten()
-    found = hidden_factors(
-        hashes.double()[:, None], plan(torch.ones(7)), first_group=first_group, channels=6, probability=0.25
-    )
+    copies = replace(plan(torch.ones(7)), hashes_C=hashes[torch.tensor(ROW_OF_COPY)], first_group=first_group)
+    found = hidden_factors(copies, channels=6, probability=0.25)
     for copy, (row, group) in enumerate(zip(ROW_OF_COPY, GROUP_OF_COPY, strict=True)):
         expert = hash_with(hashes[row], torch.tensor(first_group + group))
         expected = keep_channels(expert, 6, probability=0.25).float() / 0.75
@@ -130,11 +130,6 @@ def test_the_mask_of_a_copy_is_that_of_its_token_and_its_global_expert(first_gro
 
 
 def test_an_owner_that_receives_nothing_has_no_factors():
-    found = hidden_factors(
-        torch.zeros(0, 1, dtype=torch.float64),
-        plan(torch.ones(0), num_copies=0),
-        first_group=0,
-        channels=6,
-        probability=0.5,
-    )
+    nothing = replace(plan(torch.ones(0), num_copies=0), hashes_C=torch.zeros(0, dtype=torch.int64))
+    found = hidden_factors(nothing, channels=6, probability=0.5)
     assert found.shape == (0, 6)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from model.fragments import Fragment, create_state, fragment, set_step_count, share
-from model.parameters import ExpertBank, LogicalParameter, logical_parameters, materialize, normal
+from model.parameters import ExpertBank, LogicalParameter, Table, logical_parameters, materialize, normal
 
 
 def bank(*, rank: int, size: int) -> tuple[LogicalParameter, torch.optim.AdamW]:
@@ -62,6 +62,24 @@ def test_a_partition_that_begins_inside_a_weight_knows_its_place():
     assert found.start == 3 * 6 + 4
     assert found.tensors["master"].tolist() == list(range(7, 15)), "12 - 4 elements: the rest is padding"
     assert fragment(parameter, storage, optimizer, offset=7, local_start=12, numel=6) is None
+
+
+def test_a_partition_of_a_column_shard_is_one_range_of_its_box():
+    """Rank 3 of 2 row shards and 2 columns has rows 3 and 4 (and one of padding) and columns 3 to 5 of five rows of six."""
+    module = Table(5, {"up": ((6,), normal(1.0))})
+    module.shard(rank=3, size=4, columns=2)
+    materialize(module, seed=1)
+    (parameter,) = logical_parameters(module)
+    storage = nn.Parameter(torch.arange(30.0))
+    found = fragment(parameter, storage, torch.optim.SGD([storage], lr=0.1), offset=7, local_start=2, numel=7)
+    assert found is not None
+    assert (found.shape, found.box, found.start) == ((5, 6), ((3, 5), (3, 6)), 2)
+    assert found.tensors["master"].tolist() == [7, 8, 9, 10], "6 - 2 elements: the rest is padding"
+    parts = [share(found, rank=rank, size=2) for rank in range(2)]
+    assert [(part.box, part.start, part.tensors["master"].tolist()) for part in parts if part] == [
+        (found.box, 2, [7, 8]),
+        (found.box, 4, [9, 10]),
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 40])

@@ -108,8 +108,10 @@ def picks(*, tokens: int = 7, one_expert: bool = False) -> tuple[Tensor, Tensor,
 def plan_of(first: Tensor, second: Tensor, gates: Tensor, bank: Table) -> LocalPlan:
     routing = table_routing(table_rows(first, second, num_keys=J), gates, bank)
     (exchange,) = LocalDispatcher().plan(routing)
-    rows = torch.zeros(len(first), 0)
-    return LocalDispatcher().dispatch(exchange, rows, label="").wait()[1]
+    arriving = LocalDispatcher().dispatch(exchange, torch.zeros(len(first), 0), label="")
+    seen: list[LocalPlan] = []
+    LocalDispatcher().combine(arriving, lambda rows, plan: (seen.append(plan), rows)[1], label="").wait()
+    return seen[0]
 
 
 def both_ways(*, tokens: int, one_expert: bool, kind: str) -> tuple[list[Tensor], list[Tensor], Any]:

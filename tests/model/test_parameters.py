@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model.parameters import (
     DeclaringModule,
     ExpertBank,
+    Table,
     add_updates,
     count_parameters,
     fill,
@@ -73,6 +74,75 @@ def test_the_ranges_of_all_ranks_cover_every_logical_element_once(size: int):
             assert covered == list(range(elements))
         else:
             assert {(part.start, part.numel) for part in of_all_ranks} == {(0, elements)}
+
+
+def table(*, rank: int = 0, size: int = 1, columns: int = 1, rows: int = 2500) -> Table:
+    """Two weights of 6 and 12 columns, in blocks of 1024 rows."""
+    built = Table(rows, {"up": ((6,), normal(1.0)), "down": ((12,), normal(0.5))})
+    built.shard(rank=rank, size=size, columns=columns)
+    materialize(built, seed=5)
+    return built
+
+
+@pytest.mark.parametrize(("row_shards", "columns"), [(1, 2), (1, 6), (2, 3), (3, 2), (4, 1), (7, 6)])
+def test_rows_and_columns_of_a_table_are_drawn_as_in_one_piece(row_shards: int, columns: int):
+    """rank = row shard * columns + column; what is drawn together (1024 rows) is cut by rows and by columns."""
+    size = row_shards * columns
+    ranks = [table(rank=rank, size=size, columns=columns) for rank in range(size)]
+    for name, expected in table().named_parameters():
+        rows = [
+            torch.cat([ranks[row * columns + column].get_parameter(name) for column in range(columns)], dim=1)
+            for row in range(row_shards)
+        ]
+        joined = torch.cat(rows)
+        assert torch.equal(joined[:2500], expected)
+        assert not joined[2500:].any()
+    for rank, built in enumerate(ranks):
+        assert (built.column, built.columns, built.num_ranks) == (rank % columns, columns, row_shards)
+        assert built.num_local == math.ceil(2500 / row_shards)
+        assert built.first_group == rank // columns * built.num_local
+
+
+@pytest.mark.parametrize(("row_shards", "columns", "rows"), [(1, 2, 5), (2, 3, 5), (3, 2, 7), (4, 6, 5)])
+def test_the_boxes_of_all_ranks_hold_every_element_once_and_lie_where_the_weights_lie(
+    row_shards: int, columns: int, rows: int
+):
+    whole = {p.name: p.tensor for p in logical_parameters(table(rows=rows))}
+    count = {name: torch.zeros(tensor.shape) for name, tensor in whole.items()}
+    for rank in range(row_shards * columns):
+        built = table(rank=rank, size=row_shards * columns, columns=columns, rows=rows)
+        for parameter in logical_parameters(built):
+            assert parameter.start == 0
+            assert parameter.box is not None
+            place = tuple(slice(*side) for side in parameter.box)
+            held = parameter.tensor.flatten()[: parameter.numel]
+            assert torch.equal(held, whole[parameter.name][place].flatten())
+            count[parameter.name][place] += 1
+    assert all((seen == 1).all() for seen in count.values())
+    assert all(parameter.box is None for parameter in logical_parameters(table(rank=1, size=3)))
+
+
+def test_a_rank_of_a_column_may_hold_nothing_but_padding():
+    built = table(rank=7, size=8, columns=2, rows=5)  # two rows to a shard, six in the first three
+    assert [(p.box, p.numel) for p in logical_parameters(built)] == [(((5, 5), (3, 6)), 0), (((5, 5), (6, 12)), 0)]
+    assert not any(parameter.any() for parameter in built.parameters())
+    assert count_parameters(built) == 5 * 18
+
+
+@pytest.mark.parametrize(
+    ("size", "columns", "sentence"),
+    [
+        (
+            6,
+            4,
+            "must divide the ranks that share it, but they are 4 and the ranks that share it 6: choose fewer columns",
+        ),
+        (4, 4, "must divide the width of up, but they are 4 and the width of up 6: choose fewer columns"),
+    ],
+)
+def test_columns_that_do_not_divide_are_refused_with_both_values(size: int, columns: int, sentence: str):
+    with pytest.raises(ValueError, match=sentence):
+        table(rank=0, size=size, columns=columns)
 
 
 def test_a_rank_may_hold_nothing_but_padding():

@@ -49,9 +49,10 @@ def test_an_odd_input_cannot_be_a_query():
 
 
 def test_tables_are_banks_and_the_values_of_the_dense_form_are_not():
-    assert PKMConfig(num_keys=4, top_k=3).banks() == [16]
-    assert PKMConfig(num_keys=4, top_k=None).banks() == []
-    assert PEERConfig.model_validate(PEER).banks() == [16]
+    here = place("attention", d_model=8)
+    assert [bank.num_groups for bank in PKMConfig(num_keys=4, top_k=3).banks(here)] == [16]
+    assert PKMConfig(num_keys=4, top_k=None).banks(here) == []
+    assert [bank.num_groups for bank in PEERConfig.model_validate(PEER).banks(here)] == [16]
     assert PEERConfig.model_validate(PEER).expert_widths(8) == set()
 
 
@@ -77,7 +78,8 @@ def test_the_parameter_matched_pkm_of_the_paper_has_its_count(num_keys: int, d_m
 
 def test_the_published_peer_has_its_count():
     config = PEERConfig(num_experts=1024**2, num_heads=8, top_k=16, key_dim=128)
-    layer = config.build(Place(1024, 12, 5, ("attention",) * 12, "reference", 0.0))
+    here = Place(1024, 12, 5, ("attention",) * 12, "reference", 0.0)
+    layer, (bank,) = config.build(here), config.banks(here)
     tables, keys, queries, norm = 2**31, 1024 * 128, 1024 * 8 * 128, 2 * 8 * 128
     assert count_parameters(layer) == tables + keys + queries + norm
-    assert (config.banks(), config.num_keys) == ([1024**2], 1024)
+    assert (bank.num_groups, bank.group_numel, config.num_keys) == (1024**2, 2 * 1024, 1024)

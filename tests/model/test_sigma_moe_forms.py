@@ -5,9 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from model.dispatch import LocalDispatcher
 from model.feedforward_config import SigmaMoEConfig
 from model.parameters import materialize
 from tests.model import by_hand
@@ -78,22 +76,6 @@ def test_hidden_dropout_zeroes_single_channels_of_single_experts_and_scales_the_
     assert (torch.corrcoef(kept.T) - torch.eye(12)).abs().max() < 5 / 2000**0.5, (
         "channels of all experts are independent"
     )
-
-
-class _Narrowing(LocalDispatcher):
-    """Rounds rows to bfloat16 on their way, all but float64, as parallel/expert.py does under autocast."""
-
-    def dispatch(self, exchange: Any, rows: Tensor, *, label: str) -> Any:
-        narrow = rows if rows.dtype == torch.float64 else rows.bfloat16().to(rows.dtype)
-        return super().dispatch(exchange, narrow, label=label)
-
-
-def test_hidden_masks_are_the_same_where_rows_travel_in_bfloat16():
-    layer = hidden_of_ones(hidden_dropout=0.25, dtype=torch.float32).train()
-    x = with_constant_channel(torch.zeros(4, 50, 20))
-    here = layer(x, context(4)).y_BSD
-    layer.dispatcher = _Narrowing()
-    assert torch.equal(layer(x, context(4)).y_BSD, here)
 
 
 @pytest.mark.parametrize("change", [{"step": 1}, {"seed": 9}, {"depth": 2}])

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from parallel.config import ParallelConfig, ProcessInfo, resolve_ep_size, resolve_node_size
+from parallel.config import (
+    ParallelConfig,
+    ProcessInfo,
+    check_nodes,
+    resolve_ep_size,
+    resolve_node_size,
+    resolve_table_columns,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE = {
@@ -56,6 +63,71 @@ def test_node_size_is_the_machine_unless_it_is_given() -> None:
     assert resolve_node_size(2, processes=16, processes_per_node=8) == 2
     with pytest.raises(ValueError, match=r"node_size is 3 and there are 16 processes: use 1, 2, 4, 8, 16 or auto"):
         resolve_node_size(3, processes=16, processes_per_node=8)
+
+
+@pytest.mark.parametrize(("ep_size", "node_size"), [(1, 8), (4, 8), (8, 8), (3, 8), (16, 8), (24, 8), (5, 1)])
+def test_a_group_within_a_node_or_of_whole_nodes_is_taken(ep_size: int, node_size: int) -> None:
+    check_nodes(ep_size=ep_size, node_size=node_size)
+
+
+@pytest.mark.parametrize(("ep_size", "node_size"), [(12, 8), (9, 8), (6, 4), (3, 2)])
+def test_a_group_of_a_node_and_a_part_of_another_is_an_error(ep_size: int, node_size: int) -> None:
+    sentence = (
+        f"node_size is {node_size} and ep_size is {ep_size}: set parallel.ep_size to a multiple of {node_size} or to auto, "
+        f"or parallel.node_size to a divisor of {ep_size}$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        check_nodes(ep_size=ep_size, node_size=node_size)
+
+
+def test_columns_that_divide_the_group_and_the_width_are_taken() -> None:
+    for setting in ("auto", 1, 2, 4):
+        assert resolve_table_columns(setting, ep_size=4, d_model=12, has_tables=True) == setting
+    for setting in ("auto", 1):
+        assert resolve_table_columns(setting, ep_size=4, d_model=12, has_tables=False) == setting
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        (3, r"ep_size and d_model, but table_columns is 3 and ep_size is 8: use 1, 2, 4 or auto"),
+        (16, r"ep_size and d_model, but table_columns is 16 and ep_size is 8: use 1, 2, 4 or auto"),
+        (8, r"ep_size and d_model, but table_columns is 8 and model\.d_model is 12: use 1, 2, 4 or auto"),
+    ],
+)
+def test_columns_that_do_not_divide_are_an_error(setting: int, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        resolve_table_columns(setting, ep_size=8, d_model=12, has_tables=True)
+
+
+def test_columns_of_no_table_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"table_columns is 2 and .* no layer with one: set .* to auto"):
+        resolve_table_columns(2, ep_size=4, d_model=12, has_tables=False)
+
+
+@pytest.mark.parametrize("exchange", ["auto", "tokens", "weights"])
+def test_every_exchange_is_offered(exchange: str) -> None:
+    config = ParallelConfig.model_validate({"exchange": exchange})
+    assert (config.exchange, config.chunks, config.table_columns, config.watchdog_s) == (exchange, 1, "auto", 300.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"exchange": "rows"}, "exchange"),
+        ({"chunks": 0}, "chunks"),
+        ({"table_columns": 0}, "table_columns"),
+        ({"watchdog_s": 0}, "watchdog_s"),
+        ({"watchdog_s": float("inf")}, "watchdog_s"),
+        (
+            {"exchange": "weights", "table_columns": 2},
+            "exchange is weights and table_columns is 2: set table_columns to auto or exchange to tokens",
+        ),
+    ],
+)
+def test_a_bad_exchange_is_refused(settings: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValidationError, match=part):
+        ParallelConfig.model_validate(settings)
 
 
 @pytest.mark.parametrize(

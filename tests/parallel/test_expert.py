@@ -1,6 +1,5 @@
-"""AllToAllDispatcher against one process in float64: every routing, uneven and empty ranks, padding, outputs and each gradient."""
+"""AllToAllDispatcher against one process in float64: every exchange and routing, uneven and empty ranks, outputs and each gradient."""
 
-from dataclasses import dataclass
 from unittest import mock
 
 import numpy as np
@@ -8,201 +7,130 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model.dispatch import Routing
-from model.parameters import ExpertBank
-from parallel.expert import AllToAllDispatcher
-from tests.parallel.two_steps import open_world
+from tests.parallel.routed import (
+    ROUTINGS,
+    Layout,
+    Shape,
+    apply,
+    banks_of,
+    by_dispatcher,
+    by_loop,
+    dispatcher_of,
+    routings,
+    rows_of,
+    weights,
+)
 
-GROUPS, CHOICES, HEADS, D, C = 7, 2, 2, 6, 3  # 7 groups: padding on 2 and on 4 ranks
-ROUTINGS = ["random", "one_expert", "one_rank", "none_to_last_rank", "one_expert_twice"]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Tokens of one rank, each with HEADS * CHOICES gates and experts; and the weights and cotangent of the test."""
-
-    x_TD: torch.Tensor
-    gates_XK: torch.Tensor
-    ids_XK: torch.Tensor
-    cotangent_TD: torch.Tensor
-
-
-def rows_of(rank: int, *, routing: str, tokens: int) -> Rows:
-    g = torch.Generator().manual_seed(100 + rank)
-    scores = torch.rand(tokens * HEADS, GROUPS, generator=g, dtype=torch.float64)
-    favoured = {"one_expert": [3], "one_rank": [0, 1], "none_to_last_rank": [0, 1, 2, 3]}.get(routing, [])
-    scores[:, favoured] += 2
-    ids = scores.sort(descending=True).indices[:, :CHOICES]
-    if routing == "one_expert_twice":
-        ids = torch.full_like(ids, 2)  # every copy goes to one expert, and a row meets it with both of its gates
-    return Rows(
-        x_TD=torch.randn(tokens, D, generator=g, dtype=torch.float64),
-        gates_XK=torch.rand(tokens * HEADS, CHOICES, generator=g, dtype=torch.float64),
-        ids_XK=ids,
-        cotangent_TD=torch.randn(tokens, D, generator=g, dtype=torch.float64),
-    )
+SHAPE = Shape()
+TOKENS = {1: [7], 2: [5, 9], 4: [3, 0, 6, 1]}
 
 
-def weights() -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(5)
-    return torch.randn(GROUPS, D, C, generator=g, dtype=torch.float64), torch.randn(
-        GROUPS, C, D, generator=g, dtype=torch.float64
-    )
+def check(pool, layout: Layout, *, routing: str, tokens: list[int], shape: Shape = SHAPE, seed: int = 100, **bounds):
+    """All of a pool's ranks against the loop. bounds: rtol and atol, in units of the largest value of a tensor."""
+    found = pool(len(tokens)).run(by_dispatcher, routing, tokens, layout, shape, seed)
+    rows = [rows_of(rank, shape, routing=routing, tokens=tokens[rank], seed=seed) for rank in range(len(tokens))]
+    expected = [by_loop(one, shape) for one in rows]
+    pairs: list[tuple[str, np.ndarray, np.ndarray]] = [
+        (f"{name} of rank {rank}", found[rank][name], expected[rank][name])
+        for rank in range(len(tokens))
+        for name in ("y", "dx", "dgates")
+    ]
+    for first in range(0, len(tokens), layout.ep_size):  # expert groups are consecutive ranks, each sums its own rows
+        group = range(first, first + layout.ep_size)
+        for name in ("dvalue", "doutput"):
+            owned = np.concatenate([found[rank][name] for rank in group])[: shape.groups]
+            pairs.append((f"{name} of ranks {group}", owned, np.sum([expected[rank][name] for rank in group], axis=0)))
+    for name, actual, wanted in pairs:
+        scale = np.abs(wanted).max(initial=0.0)
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=bounds["bound"] * scale + 1e-30, err_msg=name)
 
 
-def by_loop(rows: Rows) -> dict[str, np.ndarray]:
-    """y[t] = sum over heads h and choices of gate * tanh(sum over choices of gate * x[t] V[e]) O[e], one token after another."""
-    value, output = (w.requires_grad_() for w in weights())
-    x, gates = rows.x_TD.clone().requires_grad_(), rows.gates_XK.clone().requires_grad_()
-    y = []
-    for t in range(x.shape[0]):
-        total = torch.zeros(D, dtype=torch.float64)
-        for pair in range(t * HEADS, (t + 1) * HEADS):
-            hidden = torch.stack([gates[pair, k] * (x[t] @ value[rows.ids_XK[pair, k]]) for k in range(CHOICES)]).sum(0)
-            total = total + sum(gates[pair, k] * (hidden.tanh() @ output[rows.ids_XK[pair, k]]) for k in range(CHOICES))
-        y.append(total)
-    result = torch.stack(y) if y else x * 0.0
-    (result * rows.cotangent_TD).sum().backward()
-    zero = torch.zeros(GROUPS, D, C, dtype=torch.float64)
-    found = {"y": result, "dx": x.grad, "dgates": gates.grad if y else gates}
-    found |= {"dvalue": value.grad if y else zero, "doutput": output.grad if y else zero.mT}
-    return {name: tensor.detach().numpy() for name, tensor in found.items()}
-
-
-def by_dispatcher(routing: str, tokens_of: list[int], ep_size: int) -> dict[str, np.ndarray]:
-    """The same on this rank: V's shape (token -> (token, head)) and then O's ((token, head) -> token), planned together."""
-    with open_world(ep_size) as mesh:
-        rank, dispatcher = mesh.rank, AllToAllDispatcher(mesh.expert_group)
-        local = -(-GROUPS // ep_size)
-        first = mesh.ep_rank * local
-        value, output = (_slice(w, first, local).requires_grad_() for w in weights())
-        rows = rows_of(rank, routing=routing, tokens=tokens_of[rank])
-        x, gates = rows.x_TD.clone().requires_grad_(), rows.gates_XK.clone().requires_grad_()
-        pair = torch.arange(rows.ids_XK.shape[0])
-        tokens, pairs = (pair // HEADS, tokens_of[rank]), (pair, len(pair))
-        bank = ExpertBank(GROUPS, {})
-        to_heads = Routing(gates, rows.ids_XK, tokens[0], pairs[0], tokens[1], pairs[1], bank)
-        to_tokens = Routing(gates, rows.ids_XK, pairs[0], tokens[0], pairs[1], tokens[1], bank)
-        exchange_v, exchange_o = dispatcher.plan(to_heads, to_tokens)
-        hidden = _apply(dispatcher, exchange_v, x, value)
-        y = _apply(dispatcher, exchange_o, hidden.tanh(), output)
-        (y * rows.cotangent_TD).sum().backward()
-    found = {"y": y, "dx": x.grad, "dgates": gates.grad, "dvalue": value.grad, "doutput": output.grad}
-    return {name: tensor.detach().numpy() for name, tensor in found.items()}
-
-
-def _apply(dispatcher: AllToAllDispatcher, exchange, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    received, plan = dispatcher.dispatch(exchange, rows, label="test").wait()
-    group_C = torch.repeat_interleave(torch.diff(plan.offsets_L, prepend=plan.offsets_L.new_zeros(1)))
-    copies = torch.einsum("cx,cxy->cy", received[plan.row_index_C], weight[group_C]) * plan.gates_C[:, None]
-    partials = copies.new_zeros(plan.num_outputs, weight.shape[2]).index_add(0, plan.output_index_C, copies)
-    return dispatcher.combine(exchange, partials, label="test").wait()
-
-
-def _slice(weight: torch.Tensor, first: int, local: int) -> torch.Tensor:
-    padded = torch.cat([weight, torch.full_like(weight, torch.nan)])  # padding that anyone read would show
-    return padded[first : first + local].clone()
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("exchange", ["tokens", "hierarchical", "weights"])
+@pytest.mark.parametrize("ep_size", [1, 2, 4])
+def test_every_exchange_gives_the_outputs_and_gradients_of_a_loop(pool, ep_size, exchange, chunks, dtype, routing):
+    node_size = {1: None, 2: 1, 4: 2}[ep_size] if exchange == "hierarchical" else None
+    kind = "weights" if exchange == "weights" else "tokens"
+    layout = Layout(ep_size, node_size, kind, chunks, dtype)
+    check(pool, layout, routing=routing, tokens=TOKENS[ep_size], bound=2e-6 if dtype == "float32" else 6e-2)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(
-    ("processes", "ep_size", "tokens"), [(2, 2, [5, 9]), (2, 2, [0, 4]), (4, 4, [3, 0, 6, 1]), (4, 2, [2, 7, 0, 5])]
+    ("tokens", "layout"),
+    [
+        ([0, 4], Layout(2)),
+        ([2, 7, 0, 5], Layout(2, overlap=False)),
+        ([3, 0, 6, 1], Layout(4, exchange="mixed", chunks=2)),
+        ([3, 8, 2, 6], Layout(4, node_size=2, chunks=3)),
+    ],
+    ids=["zero_rows", "two_groups", "mixed", "two_nodes"],
 )
-def test_outputs_and_every_gradient_equal_a_loop_in_float64(pool, routing, processes, ep_size, tokens):
-    found = pool(processes).run(by_dispatcher, routing, tokens, ep_size)
-    expected = [by_loop(rows_of(rank, routing=routing, tokens=tokens[rank])) for rank in range(processes)]
-    for rank in range(processes):
-        for name in ("y", "dx", "dgates"):
-            np.testing.assert_allclose(
-                found[rank][name], expected[rank][name], rtol=1e-12, atol=1e-12, err_msg=f"{name} of rank {rank}"
+def test_in_float64_the_dispatcher_and_the_loop_differ_by_rounding(pool, tokens, layout, routing):
+    check(pool, layout, routing=routing, tokens=tokens, bound=1e-13)
+
+
+def collectives(layout: Layout) -> list[int]:
+    """How many each of a plan, a forward and a backward pass of SwitchHead's two projections makes."""
+    counted = []
+    with dispatcher_of(layout) as (mesh, dispatcher):
+        rows = rows_of(mesh.rank, SHAPE, routing="random", tokens=4 + mesh.rank)
+        gates = rows.gates_XK.clone().requires_grad_()
+        with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchanged:
+            exchanges = dispatcher.plan(
+                *routings(rows, SHAPE, gates, banks_of(SHAPE, layout, mesh.ep_rank, torch.double))
             )
-    for first in range(
-        0, processes, ep_size
-    ):  # expert groups are consecutive ranks; each sums over its own ranks' rows
-        for name in ("dvalue", "doutput"):
-            owned = np.concatenate([found[first + rank][name] for rank in range(ep_size)])[:GROUPS]
-            summed = sum(expected[first + rank][name] for rank in range(ep_size))
-            np.testing.assert_allclose(owned, summed, rtol=1e-12, atol=1e-12, err_msg=name)
+            counted.append(exchanged.call_count)
+            x = rows.x_TD.requires_grad_()
+            y = apply(dispatcher, exchanges[1], apply(dispatcher, exchanges[0], x, label="value"), label="output")
+            counted.append(exchanged.call_count)
+            y.sum().backward()
+            counted.append(exchanged.call_count)
+    return counted
 
 
-def two_routings(rank: int) -> tuple[Routing, Routing]:
-    """V's and O's of three tokens, planned together as SwitchHead does."""
-    gates_XK, ids_XK = torch.ones(3 * HEADS, CHOICES), rows_of(rank, routing="random", tokens=3).ids_XK
-    pair_X = torch.arange(3 * HEADS)
-    bank = ExpertBank(GROUPS, {})
-    return (
-        Routing(gates_XK, ids_XK, pair_X // HEADS, pair_X, 3, 3 * HEADS, bank),
-        Routing(gates_XK, ids_XK, pair_X, pair_X // HEADS, 3 * HEADS, 3, bank),
-    )
+def test_a_plan_is_two_exchanges_a_projection_three_each_way(pool):
+    """The counts of V and O travel together, then the words of their copies; then rows, gates and results of each."""
+    assert pool(2).run(collectives, Layout(2)) == [[2, 8, 14]] * 2
+    assert pool(4).run(collectives, Layout(4, node_size=2)) == [[4, 16, 28]] * 4, "twice as many over two hops"
 
 
-def collectives_of_a_plan() -> int:
-    with (
-        open_world(2) as mesh,
-        mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchanged,
-    ):
-        AllToAllDispatcher(mesh.expert_group).plan(*two_routings(mesh.rank))
-        return exchanged.call_count
-
-
-def test_the_counts_of_all_routings_of_a_plan_travel_in_one_exchange(pool):
-    assert pool(2).run(collectives_of_a_plan) == [1, 1]
-
-
-def gathered(ep_size: int) -> dict[str, np.ndarray]:
+def gathered(layout: Layout) -> dict[str, np.ndarray]:
     """Rows of this rank's groups, given to all; each rank uses what it gets in its own way. Padding is NaN: it must not be read."""
-    with open_world(ep_size) as mesh:
-        bank = ExpertBank(GROUPS, {})
-        bank.shard(rank=mesh.ep_rank, size=ep_size)
-        rows = _slice(weights()[0][:, :, 0], bank.first_group, bank.num_local).requires_grad_()
-        found = AllToAllDispatcher(mesh.expert_group).gather(bank, rows, label="test").wait()
+    with dispatcher_of(layout) as (mesh, dispatcher):
+        bank = banks_of(SHAPE, layout, mesh.ep_rank, torch.double)[0]
+        rows = bank.weights()["weight"][:, :, 0].detach().clone().requires_grad_()
+        found = dispatcher.gather(bank, rows, label="test").wait()
         (found * _use(mesh.rank)).square().sum().backward()
         assert rows.grad is not None
         return {"found": found.detach().numpy(), "gradient": rows.grad.numpy()}
 
 
 def _use(rank: int) -> torch.Tensor:
-    return torch.randn(GROUPS, D, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    return torch.randn(SHAPE.groups, SHAPE.d_model, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("processes", "ep_size"), [(2, 2), (4, 4), (4, 2)])
 def test_gather_gives_all_groups_in_their_order_and_sums_the_gradients_of_its_users(pool, processes, ep_size):
-    seen = pool(processes).run(gathered, ep_size)
-    expected = weights()[0][:, :, 0]
+    seen = pool(processes).run(gathered, Layout(ep_size))
+    expected = weights(SHAPE)[0][:, :, 0]
     for first in range(0, processes, ep_size):
         group = range(first, first + ep_size)
         for rank in group:
             np.testing.assert_array_equal(seen[rank]["found"], expected.numpy())
         gradient = np.concatenate([seen[rank]["gradient"] for rank in group])
         wanted = sum(2 * expected * _use(rank).square() for rank in group)
-        np.testing.assert_allclose(gradient[:GROUPS], wanted, rtol=1e-12)
-        assert not gradient[GROUPS:].any(), "padding has no gradient"
+        np.testing.assert_allclose(gradient[: SHAPE.groups], wanted, rtol=1e-12)
+        assert not gradient[SHAPE.groups :].any(), "padding has no gradient"
 
 
-def dtypes_summed_in() -> list[torch.dtype]:
-    """Of the sums that combine makes of bfloat16 results."""
-    dtypes = []
-    index_add = torch.Tensor.index_add
-
-    def recorded(self: torch.Tensor, *arguments, **options) -> torch.Tensor:
-        dtypes.append(self.dtype)
-        return index_add(self, *arguments, **options)
-
-    with open_world(2) as mesh, mock.patch.object(torch.Tensor, "index_add", recorded):
-        dispatcher = AllToAllDispatcher(mesh.expert_group)
-        exchange, _ = dispatcher.plan(*two_routings(mesh.rank))
-        partials = torch.ones(sum(exchange.receive), C, dtype=torch.bfloat16)
-        assert dispatcher.combine(exchange, partials, label="test").wait().dtype == torch.bfloat16
-    return dtypes
-
-
-def test_results_of_a_row_are_summed_in_float32_at_home(pool):
-    """Looks at the dtype, because a CPU's index_add sums bfloat16 in float32 by itself: the values could not tell."""
-    assert pool(2).run(dtypes_summed_in) == [[torch.float32]] * 2
-
-
-def test_two_runs_are_equal_bit_for_bit(pool):
-    first, second = (pool(4).run(by_dispatcher, "random", [3, 8, 2, 6], 4) for _ in range(2))
+@pytest.mark.parametrize(
+    "layout", [Layout(4), Layout(4, chunks=3), Layout(4, node_size=2), Layout(4, exchange="weights")]
+)
+def test_two_runs_are_equal_bit_for_bit(pool, layout):
+    first, second = (pool(4).run(by_dispatcher, "random", [3, 8, 2, 6], layout, SHAPE) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         for name in one:
             np.testing.assert_array_equal(one[name], other[name])

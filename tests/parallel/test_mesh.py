@@ -82,15 +82,16 @@ def test_one_process_names_no_rank(pool):
     assert pool(1).run(fail_alone) == ["streams must be even"]
 
 
-def open_often() -> tuple[int, int]:
+def open_often(node_size: int) -> tuple[int, int]:
     counts = []
     for _ in range(3):
-        with open_world(2) as mesh:
+        with open_world(2, node_size=node_size) as mesh:
             mesh.barrier()
         counts.append(threading.active_count() + len(dist.distributed_c10d._world.pg_map))
     return counts[0], counts[-1]
 
 
-def test_a_closed_mesh_leaves_no_group_behind(pool):
-    for first, last in pool(2).run(open_often):
+@pytest.mark.parametrize("node_size", [2, 1])  # 1: the expert group spans two nodes
+def test_a_closed_mesh_leaves_no_group_behind(pool, node_size):
+    for first, last in pool(2).run(open_often, node_size):
         assert first == last

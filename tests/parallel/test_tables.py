@@ -13,7 +13,8 @@ from model.product_key_config import PEERConfig, PKMConfig
 from model.section import Place
 from parallel.expert import AllToAllDispatcher
 from parallel.parallelize import parallelize
-from tests.parallel.test_zero import pieces_of, train_one
+from parallel.volume import BankExchange
+from tests.parallel.test_zero import train_one
 from tests.parallel.two_steps import Case, Piece, assemble, open_engine, open_world
 from train import checkpoint
 
@@ -43,7 +44,7 @@ def results(layer: Any, x: torch.Tensor, cotangent: torch.Tensor) -> dict[str, A
     output = layer(x, BatchContext(torch.arange(len(x)), None, 1, 0))
     (output.y_BSD * cotangent).sum().backward()
     gradients = [
-        Piece(p.name, p.spec.shape, p.start, p.tensor.grad.flatten()[: p.numel].numpy())  # pyright: ignore[reportOptionalMemberAccess]
+        Piece(p.name, p.spec.shape, p.start, p.tensor.grad.flatten()[: p.numel].numpy(), p.box)  # pyright: ignore[reportOptionalMemberAccess]
         for p in logical_parameters(layer)
     ]
     return {
@@ -55,23 +56,30 @@ def results(layer: Any, x: torch.Tensor, cotangent: torch.Tensor) -> dict[str, A
     }
 
 
-def on_this_rank(kind: str, ep_size: int) -> dict[str, Any]:
+def by_columns(columns: int) -> dict[str, BankExchange]:
+    """PKM's table and PEER's, by path in the layer."""
+    return dict.fromkeys(("table", "experts"), BankExchange("tokens", columns, 0.0, 0.0))
+
+
+def on_this_rank(kind: str, ep_size: int, columns: int) -> dict[str, Any]:
     with open_world(ep_size) as mesh:
         layer = built(kind)
-        parallelize(layer, mesh, seed=7)
+        parallelize(layer, mesh, seed=7, exchanges=by_columns(columns))
         assert isinstance(layer.dispatcher, AllToAllDispatcher) == (ep_size > 1)
         layer.double()
         return results(layer, *rows_of(mesh.rank))
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize(("processes", "ep_size"), [(4, 2), (4, 4), (2, 2)])
-def test_outputs_gradients_and_updates_equal_one_process_in_float64(pool, processes, ep_size, kind):
+@pytest.mark.parametrize(
+    ("processes", "ep_size", "columns"), [(4, 2, 1), (4, 4, 1), (2, 2, 1), (4, 2, 2), (4, 4, 2), (2, 2, 2)]
+)
+def test_outputs_gradients_and_updates_equal_one_process_in_float64(pool, processes, ep_size, columns, kind):
     alone = built(kind)
     materialize(alone, seed=7, dtype=torch.float64)
     x, cotangent = (torch.cat(parts) for parts in zip(*map(rows_of, range(processes)), strict=True))
     expected = results(alone, x, cotangent)
-    ranks = pool(processes).run(on_this_rank, kind, ep_size)
+    ranks = pool(processes).run(on_this_rank, kind, ep_size, columns)
 
     found = {key: np.concatenate([rank[key] for rank in ranks]) for key in ("y", "x")}
     for key in ("y", "x"):
@@ -80,7 +88,7 @@ def test_outputs_gradients_and_updates_equal_one_process_in_float64(pool, proces
         total = np.zeros(wanted.values.size)
         for rank in ranks:  # replicated weights get a share from every rank, a table's rows one from each expert group
             (piece,) = [piece for piece in rank["gradients"] if piece.name == wanted.name]
-            total[piece.start : piece.start + piece.values.size] += piece.values
+            total[piece.elements()] += piece.values
         np.testing.assert_allclose(total, wanted.values, rtol=0, atol=1e-12, err_msg=wanted.name)
     for rank in ranks:
         for name, update in expected["updates"].items():
@@ -88,7 +96,7 @@ def test_outputs_gradients_and_updates_equal_one_process_in_float64(pool, proces
             np.testing.assert_array_equal(rank["updates"][name], ranks[0]["updates"][name])
     keys, copies = (np.sum([rank["counts"][name] for rank in ranks], axis=0) for name in ("keys", "ranks"))
     np.testing.assert_array_equal(keys, expected["counts"]["keys"])
-    assert len(copies) == ep_size
+    assert len(copies) == ep_size // columns
     assert copies.sum() == expected["counts"]["ranks"].sum()
 
 
@@ -96,7 +104,7 @@ def narrow_on_this_rank(kind: str) -> tuple[np.ndarray, bool]:
     """The output under autocast, and whether all gradients came out in float32."""
     with open_world(2) as mesh:
         layer = built(kind)
-        parallelize(layer, mesh, seed=7)
+        parallelize(layer, mesh, seed=7, exchanges=by_columns(1))
         x, cotangent = (part.float() for part in rows_of(mesh.rank))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = layer(x.requires_grad_(), BatchContext(torch.arange(len(x)), None, 1, 0)).y_BSD
@@ -123,36 +131,53 @@ def test_under_bfloat16_autocast_ranks_are_as_near_to_float32_as_one_process(poo
 PEER = {"num_experts": 9, "num_heads": 2, "top_k": 3, "key_dim": 6}
 
 
-def case(ep_size: int, stage: int) -> Case:
+def case(ep_size: int, columns: int, stage: int) -> Case:
     sections: dict[str, Any] = {"feedforwards": ("peer",), "sigma_moe": None, "peer": PEER}
-    return Case(ep_size=ep_size, stage=stage, optimizer="adamw").with_model(**sections)
+    return Case(ep_size=ep_size, stage=stage, optimizer="adamw", table_columns=columns).with_model(**sections)
 
 
-def saved(folder: str, ep_size: int, stage: int) -> list[Piece]:
-    with open_engine(case(ep_size, stage)) as engine:
-        train_one(engine, case(ep_size, stage), step=0)
+def held_by(engine: Any) -> list[Piece]:
+    return [
+        Piece(f"{part.name}/{kind}", part.shape, part.start, values.numpy().copy(), part.box)
+        for part in engine.fragments()
+        for kind, values in part.tensors.items()
+    ]
+
+
+def saved(folder: str, ep_size: int, columns: int, stage: int) -> list[Piece]:
+    with open_engine(case(ep_size, columns, stage)) as engine:
+        train_one(engine, case(ep_size, columns, stage), step=0)
         state = checkpoint.TrainState(step=1, position=16, config={}, extra={})
         fragments = engine.owned_fragments()
         tensors = states_of(engine.model) if engine.mesh.rank == 0 else {}
         checkpoint.save(Path(folder), state=state, fragments=fragments, mesh=engine.mesh, keep=1, tensors=tensors)
-        return pieces_of(engine.fragments())
+        return held_by(engine)
 
 
-def read(folder: str, ep_size: int, stage: int) -> list[Piece]:
-    with open_engine(case(ep_size, stage)) as engine:
+def read(folder: str, ep_size: int, columns: int, stage: int) -> list[Piece]:
+    with open_engine(case(ep_size, columns, stage)) as engine:
         for part in engine.fragments():
             for values in part.tensors.values():
                 values.fill_(torch.nan)  # what is not read must show
         newest = checkpoint.latest(Path(folder), mesh=engine.mesh)
         assert newest is not None
         checkpoint.load(newest, fragments=engine.fragments(), mesh=engine.mesh)
-        return pieces_of(engine.fragments())
+        return held_by(engine)
 
 
-def test_a_table_saved_at_one_ep_size_is_read_at_another(pool, tmp_path: Path):
-    written = assemble(piece for rank in pool(4).run(saved, str(tmp_path), 4, 1) for piece in rank)
-    for ep_size, stage in ((2, 2), (1, 0)):
-        found = assemble(piece for rank in pool(2).run(read, str(tmp_path), ep_size, stage) for piece in rank)
+@pytest.mark.parametrize(
+    ("columns", "stage", "readers"),
+    [
+        (1, 1, [(2, 1, 2), (2, 2, 1), (1, 1, 0)]),
+        (2, 1, [(2, 2, 2), (2, 1, 1), (1, 1, 1)]),
+        (4, 0, [(2, 2, 0), (2, 1, 2)]),
+    ],
+)
+def test_a_table_saved_in_one_layout_is_read_in_another(pool, tmp_path: Path, columns: int, stage: int, readers: list):
+    """ep_size, columns and stage of the readers; in two row shards of nine rows one is padding."""
+    written = assemble(piece for rank in pool(4).run(saved, str(tmp_path), 4, columns, stage) for piece in rank)
+    for layout in readers:
+        found = assemble(piece for rank in pool(2).run(read, str(tmp_path), *layout) for piece in rank)
         assert found.keys() == written.keys()
         for name in found:
             np.testing.assert_array_equal(found[name], written[name], err_msg=name)

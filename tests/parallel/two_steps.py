@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ from data.loader import Batch
 from model.config import ModelConfig
 from model.loss import IGNORED
 from model.memory import StreamMemory
-from model.parameters import logical_parameters, materialize
+from model.parameters import Box, logical_parameters, materialize
 from model.router import Router
 from model.transformer import Transformer
 from parallel.config import ProcessInfo
+from parallel.volume import BankExchange, ExpertGroup, choose_exchange
 from train.config import OptimConfig
 from train.engine import LocalMesh, PlainEngine
 from train.optimizer import build_optimizer, parameter_groups
@@ -66,6 +67,10 @@ class Case:
     dtype: str = "float32"
     clip_grad_norm: float = 0.3  # below the norms that occur, so that clipping acts
     routing: str = "free"  # or "one_expert" or "ties", see set_routing
+    exchange: Literal["auto", "tokens", "weights"] = "tokens"
+    chunks: int = 1
+    node_size: int | None = None
+    table_columns: int | Literal["auto"] = 1
     model: ModelConfig = field(default=MODEL)
 
     def with_model(self, **changes: Any) -> "Case":
@@ -78,12 +83,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of a flat logical tensor that one rank holds."""
+    """A range of a logical tensor, or of the flat box of it, that one rank holds."""
 
     name: str
     shape: tuple[int, ...]
     start: int
     values: np.ndarray
+    box: Box | None = None
+
+    def elements(self) -> np.ndarray:
+        """The flat indices of its values in the logical tensor."""
+        every = np.arange(math.prod(self.shape)).reshape(self.shape)
+        if self.box is not None:
+            every = every[tuple(slice(first, end) for first, end in self.box)]
+        return every.flatten()[self.start : self.start + self.values.size]
 
 
 @dataclass(frozen=True)
@@ -166,8 +179,8 @@ def many_processes(case: Case) -> Seen:
 
 
 @contextlib.contextmanager
-def open_world(ep_size: int) -> "Iterator[Mesh]":
-    """The mesh of this rank of a pool."""
+def open_world(ep_size: int, *, node_size: int | None = None) -> "Iterator[Mesh]":
+    """The mesh of this rank of a pool; node_size: processes that are said to be on one machine."""
     from parallel.mesh import open_mesh
 
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -180,7 +193,7 @@ def open_world(ep_size: int) -> "Iterator[Mesh]":
         master_port=0,
         launcher="pool",
     )
-    with open_mesh(info, ep_size=ep_size, device=torch.device("cpu")) as mesh:
+    with open_mesh(info, ep_size=ep_size, device=torch.device("cpu"), node_size=node_size) as mesh:
         yield mesh
 
 
@@ -191,8 +204,8 @@ def open_engine(case: Case) -> "Iterator[ZeroEngine]":
     from parallel.zero import ZeroEngine
 
     model = Transformer(case.model, vocab_size=VOCABULARY, backend="reference")
-    with open_world(case.ep_size) as mesh:
-        parallelize(model, mesh, seed=7)
+    with open_world(case.ep_size, node_size=case.node_size) as mesh:
+        parallelize(model, mesh, seed=7, exchanges=exchanges_of(case, mesh.world_size), chunks=case.chunks)
         set_routing(model, case.routing)
         config = optim_config(case)
         engine = ZeroEngine(
@@ -207,6 +220,21 @@ def open_engine(case: Case) -> "Iterator[ZeroEngine]":
         )
         yield engine
         engine.close()
+
+
+def exchanges_of(case: Case, world_size: int) -> dict[str, BankExchange]:
+    return {
+        bank.path: choose_exchange(
+            bank.shape,
+            ExpertGroup(case.ep_size, case.node_size or world_size),
+            tokens=STEP_ROWS // case.accumulation_steps // world_size * LENGTH,
+            wire_bytes=4 if case.dtype == "float32" else 2,
+            chunks=case.chunks,
+            exchange=case.exchange,
+            table_columns=case.table_columns,
+        )
+        for bank in case.model.banks()
+    }
 
 
 def optim_config(case: Case) -> OptimConfig:
@@ -228,7 +256,9 @@ def _two_steps(case: Case, engine: Any, world: Any, *, gradient: Any) -> Seen:
             result = train_step(engine, batches, world, settings, step=step, lr=lr, memory=memory)
         scalars.append((result.loss, result.auxiliary_loss, result.grad_norm))
         loads.append({name: report.count_G.numpy() for name, report in result.reports.items()})
-    weights = [Piece(p.name, p.shape, p.start, p.tensors["master"].detach().numpy().copy()) for p in engine.fragments()]
+    weights = [
+        Piece(p.name, p.shape, p.start, p.tensors["master"].detach().numpy().copy(), p.box) for p in engine.fragments()
+    ]
     return Seen(scalars, gradients, loads, weights)
 
 
@@ -261,7 +291,7 @@ def _gradients(model: Transformer, gradient: Any) -> list[Piece]:
         value = gradient(parameter)
         assert value is not None, f"{parameter.name} has no gradient"
         flat = value.detach().float().flatten()[: parameter.numel].numpy().copy()
-        pieces.append(Piece(parameter.name, parameter.spec.shape, parameter.start, flat))
+        pieces.append(Piece(parameter.name, parameter.spec.shape, parameter.start, flat, parameter.box))
     return pieces
 
 
@@ -270,10 +300,10 @@ def assemble(pieces: Iterable[Piece]) -> dict[str, np.ndarray]:
     whole: dict[str, np.ndarray] = {}
     for piece in pieces:
         target = whole.setdefault(piece.name, np.full(math.prod(piece.shape), np.nan, dtype=np.float32))
-        before = target[piece.start : piece.start + piece.values.size]
+        before = target[piece.elements()]
         held = ~np.isnan(before)
         np.testing.assert_array_equal(before[held], piece.values[held], err_msg=f"replicas of {piece.name} differ")
-        before[:] = piece.values
+        target[piece.elements()] = piece.values
     for name, values in whole.items():
         assert not np.isnan(values).any(), f"no rank holds a part of {name}"
     return whole

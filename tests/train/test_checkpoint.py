@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.fragments import Fragment
+from model.fragments import Fragment, create_state, fragment, share
+from model.parameters import Table, logical_parameters, materialize, zeros
 from tests.train.thread_mesh import (
+    KINDS,
     STATE,
     blank,
     draw,
@@ -28,6 +30,7 @@ from tests.train.thread_mesh import (
 )
 from train import storage
 from train.checkpoint import TrainState, latest, load, read_state, read_tensors, save
+from train.manifest import read_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +67,79 @@ def test_a_parameter_may_lie_on_three_ranks_and_in_any_order(tmp_path: Path) -> 
     on_ranks(3, lambda m: load(path, fragments=fragments((m.rank + 1) % 3, loaded), mesh=m))
     assert torch.equal(loaded, weight)
     assert torch.equal(read_tensors(path, kind="master")["w"], weight.reshape(5, 3))
+
+
+ROWS, WIDTH = 9, 8  # 9 rows on 2 row shards leave one of padding, on 4 shards three
+TABLE_LAYOUTS = [(1, 1), (4, 1), (1, 4), (2, 2)]  # row shards, columns
+
+
+def random_bits(seed: int) -> dict[str, torch.Tensor]:
+    drawn = torch.Generator().manual_seed(seed)
+    bits = {kind: torch.randint(-(2**31), 2**31, (ROWS, WIDTH), generator=drawn) for kind in KINDS}
+    return {kind: values.to(torch.int32).view(torch.float32) for kind, values in bits.items()}
+
+
+class TableRank:
+    """A rank of a table with its optimizer, as the engines hold it, and its partition: half of what it has of the table."""
+
+    def __init__(self, rank: int, row_shards: int, columns: int) -> None:
+        self.replica, place = divmod(rank, row_shards * columns)
+        table = Table(ROWS, {"up": ((WIDTH,), zeros)})
+        table.shard(rank=place, size=row_shards * columns, columns=columns)
+        materialize(table, seed=1)
+        optimizer = torch.optim.AdamW(table.parameters(), lr=0.1)
+        create_state(optimizer)
+        (self.parameter,) = logical_parameters(table)
+        tensor = self.parameter.tensor
+        self.held = {"master": tensor.detach(), **optimizer.state[tensor]}
+        every = fragment(self.parameter, tensor, optimizer, offset=0, local_start=0, numel=tensor.numel())
+        half = None if every is None else share(every, rank=self.replica, size=2)
+        self.fragments = [] if half is None else [half]
+        rows = math.ceil(ROWS / row_shards)
+        first = place // columns * rows
+        self.rows = slice(min(first, ROWS), min(first + rows, ROWS))
+        width = WIDTH // columns
+        self.columns = slice(place % columns * width, (place % columns + 1) * width)
+
+    def fill(self, values: dict[str, torch.Tensor]) -> "TableRank":
+        for kind, whole in values.items():
+            part = whole[self.rows, self.columns]
+            self.held[kind][: len(part)] = part
+        return self
+
+    def agrees(self, values: dict[str, torch.Tensor]) -> bool:
+        """Bit for bit in its own half; the other half as it was; the padding zero."""
+        for kind, whole in values.items():
+            part = whole[self.rows, self.columns].flatten()
+            middle, held = len(part) // 2, self.held[kind].flatten()
+            mine = slice(0, middle) if self.replica == 0 else slice(middle, len(part))
+            expected = torch.zeros_like(held)
+            expected[mine] = part[mine]
+            if not torch.equal(held.view(torch.int32), expected.view(torch.int32)):
+                return False
+        return True
+
+
+@pytest.mark.parametrize("after", TABLE_LAYOUTS, ids=str)
+@pytest.mark.parametrize("before", TABLE_LAYOUTS, ids=str)
+def test_a_table_in_rows_columns_or_both_is_read_in_any_other_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    """Two replicas of each shard with a partition each; pieces of five elements begin and end inside rows of every width."""
+    monkeypatch.setattr(storage, "PIECE_BYTES", 20)
+    values = random_bits(seed=3)
+    writers = [TableRank(rank, *before).fill(values) for rank in range(2 * math.prod(before))]
+    path = on_ranks(
+        len(writers), lambda m: save(tmp_path, state=STATE, fragments=writers[m.rank].fragments, mesh=m, keep=1)
+    )[0]
+    pieces = read_manifest(path).tensors["master/up"].pieces
+    assert {piece.box is None for piece in pieces} == {before[1] == 1}
+    readers = [TableRank(rank, *after) for rank in range(2 * math.prod(after))]
+    on_ranks(len(readers), lambda m: load(path, fragments=readers[m.rank].fragments, mesh=m))
+    assert all(reader.agrees(values) for reader in readers)
+    for kind, whole in values.items():
+        found = read_tensors(path, kind=kind)["up"]
+        assert torch.equal(found.view(torch.int32), whole.view(torch.int32))
 
 
 def test_replicas_may_all_read_everything(tmp_path: Path) -> None:

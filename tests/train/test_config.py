@@ -142,7 +142,6 @@ def test_a_config_never_changes() -> None:
             ["parallel.zero_stage", "0, 1 or 2", "is 3", "averages different experts", "use 2"],
         ),
         (["parallel.zero_stage=4"], ["parallel.zero_stage", "0, 1 or 2", "is 4"]),
-        (["parallel.exchange=weights"], ["parallel.exchange", "auto or tokens", "is weights", "use auto"]),
         (["parallel.tensor_parallel_size=2"], ["tensor_parallel_size is 2", "not offered", "remove", "ep_size"]),
         (["parallel.pp_size=2"], ["pp_size is 2", "not offered", "remove"]),
         (["model.switchhead.top_k=5"], ["model.switchhead", "top_k is 5", "num_experts is 4", "lower top_k"]),

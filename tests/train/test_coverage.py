@@ -7,12 +7,18 @@ import pytest
 import torch
 
 from model.fragments import Fragment
+from model.parameters import Box
 from tests.train.thread_mesh import STATE, on_ranks, try_ranks
 from train.checkpoint import load, save
 
 
-def fragment(start: int, end: int, *, shape: tuple[int, ...] = (4, 5), name: str = "w") -> Fragment:
-    return Fragment(name, shape, start, {"master": torch.zeros(end - start)})
+def fragment(
+    start: int, end: int, *, shape: tuple[int, ...] = (4, 5), name: str = "w", box: Box | None = None
+) -> Fragment:
+    return Fragment(name, shape, start, {"master": torch.zeros(end - start)}, box)
+
+
+LEFT, RIGHT = ((0, 4), (0, 2)), ((0, 4), (2, 5))
 
 
 @pytest.mark.parametrize(
@@ -32,6 +38,26 @@ def fragment(start: int, end: int, *, shape: tuple[int, ...] = (4, 5), name: str
             r"F32 \[4, 5\] on an earlier rank and F32 \[5, 4\] on rank 1",
         ),
         ([[fragment(0, 20)], [fragment(0, 20, name="../w")]], r"must have a name like"),
+        (
+            [[fragment(0, 8, box=LEFT)], [fragment(0, 8, box=LEFT)]],
+            r"master/w .* the elements \[\[0, 4\], \[2, 5\]\] of its shape \[4, 5\] are missing",
+        ),
+        (
+            [[fragment(0, 8, box=LEFT)], [fragment(0, 9, box=RIGHT)]],
+            r"master/w .* the elements \[\[3, 4\], \[2, 5\]\] of its shape \[4, 5\] are missing",
+        ),
+        (
+            [[fragment(0, 8, box=LEFT)], [fragment(0, 20)]],
+            r"master/w .* the elements \[\[0, 4\], \[0, 2\]\] of its shape \[4, 5\] are there twice",
+        ),
+        (
+            [[fragment(0, 8, box=LEFT)], [fragment(0, 13, box=RIGHT)]],
+            r"master/w has a box \[\[0, 4\], \[2, 5\]\] of 12 elements, but a range ends at 13",
+        ),
+        (
+            [[fragment(0, 8, box=LEFT)], [fragment(0, 12, box=((0, 4), (2, 6)))]],
+            r"master/w has shape \[4, 5\], and a box of it must lie inside, but one is \[\[0, 4\], \[2, 6\]\]",
+        ),
         ([[fragment(-1, 20)], []], r"a start of at least 0, but has 'master/w' and -1"),
         (
             [[Fragment("w", (2,), 0, {"master": torch.zeros(2), "exp_avg": torch.zeros(1)})], []],
@@ -73,6 +99,10 @@ def test_a_kind_that_one_rank_lacks_is_a_gap(tmp_path: Path) -> None:
         ),
         ([[fragment(0, 20)], [fragment(0, 20, name="v")]], r"1 are missing in the checkpoint, the first master/v"),
         ([[], []], r"1 are missing in the model, the first master/w"),
+        (
+            [[fragment(0, 8, box=LEFT)], [fragment(0, 8, box=LEFT)]],
+            r"master/w in the model .* the elements \[\[0, 4\], \[2, 5\]\] of its shape \[4, 5\] are missing",
+        ),
     ],
 )
 def test_a_load_that_does_not_fit_is_refused_by_all_ranks(
@@ -90,6 +120,12 @@ def test_ranks_at_different_steps_do_not_save(tmp_path: Path) -> None:
     states = [STATE, dataclasses.replace(STATE, position=1616)]
     with pytest.raises(RuntimeError, match="rank 0 is at 100 and 1600, rank 1 at 100 and 1616"):
         on_ranks(2, lambda m: save(tmp_path, state=states[m.rank], fragments=[], mesh=m, keep=1))
+
+
+def test_replicas_of_boxes_and_of_the_whole_may_all_be_filled(tmp_path: Path) -> None:
+    path = on_ranks(1, lambda m: save(tmp_path, state=STATE, fragments=[fragment(0, 20)], mesh=m, keep=1))[0]
+    ranks = [[fragment(0, 8, box=LEFT), fragment(0, 12, box=RIGHT)], [fragment(2, 8, box=LEFT), fragment(0, 20)]]
+    on_ranks(2, lambda m: load(path, fragments=ranks[m.rank], mesh=m))
 
 
 def test_an_empty_range_is_no_fault(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from model.transformer import Transformer
 from tests.model.build import context
 from tests.train.tiny_job import ALONE, another_tokenizer, records, tiny_config, write_shards
 from train.config import Config
+from train.dry_run import dry_run
 from train.evaluate import Evaluation
-from train.run import dry_run, run
+from train.run import run
 
 pytestmark = pytest.mark.usefixtures("torch_as_it_was")
 

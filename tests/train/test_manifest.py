@@ -6,15 +6,16 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from model.fragments import Fragment
-from tests.train.thread_mesh import draw, load_split, on_ranks, same, save_split, write_manifest
-from train.checkpoint import TrainState, latest, save
-from train.manifest import check_cover, read_manifest
+from tests.train.thread_mesh import STATE, draw, load_split, on_ranks, same, save_split, write_manifest
+from train.checkpoint import TrainState, latest, read_tensors, save
+from train.manifest import read_manifest
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "checkpoint_format.md"
 NAME = "master/embedding.weight"
@@ -53,10 +54,6 @@ FAULTS: dict[str, tuple[Callable[[dict], object], str]] = {
         rf"{NAME} in .* has 21 elements, but a range ends at",
     ),
     "a piece of no length": (lambda m: pieces_of(m)[0].update(length=0), rf"at tensors.{NAME}.pieces.0.length"),
-    "a box": (
-        lambda m: pieces_of(m)[0].update(box=[[0, 3], [0, 3]]),
-        r"the box \[\[0, 3\], \[0, 3\]\] of shape \[7, 3\]",
-    ),
     "a file that is not listed": (lambda m: m["files"].pop("rank_00000.safetensors"), "not among its files"),
     "a file elsewhere": (
         lambda m: rename_file(m, "../rank_00000.safetensors"),
@@ -79,6 +76,57 @@ def test_a_manifest_that_breaks_the_format_is_refused(checkpoint: Path, tmp_path
     with pytest.raises(RuntimeError, match=sentence) as caught:
         read_manifest(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def boxed(*boxes: Any) -> Callable[[dict], object]:
+    """Puts pieces of these boxes in the place of the tensor's, each with all its elements, or (box, start, length)."""
+
+    def change(manifest: dict) -> None:
+        pieces = []
+        for given in boxes:
+            box, start, length = given if isinstance(given, tuple) else (given, 0, math.prod(b - a for a, b in given))
+            pieces.append({"file": "rank_00000.safetensors", "key": "k", "start": start, "length": length, "box": box})
+        manifest["tensors"][NAME]["pieces"] = pieces
+
+    return change
+
+
+LEFT, RIGHT = [[0, 7], [0, 2]], [[0, 7], [2, 3]]
+BOXES: dict[str, tuple[Callable[[dict], object], str]] = {
+    "none": (boxed(LEFT, RIGHT), ""),
+    "two parts of one": (boxed((LEFT, 9, 5), RIGHT, (LEFT, 0, 9)), ""),
+    "rows and columns": (boxed([[0, 4], [0, 2]], [[4, 7], [0, 2]], RIGHT), ""),
+    "an overlap": (
+        boxed(LEFT, [[0, 7], [1, 3]]),
+        r"the elements \[\[0, 7\], \[1, 2\]\] of its shape \[7, 3\] are there twice",
+    ),
+    "a gap": (boxed([[0, 6], [0, 2]], RIGHT), r"the elements \[\[6, 7\], \[0, 2\]\] of its shape \[7, 3\] are missing"),
+    "a gap in a box": (boxed((LEFT, 0, 13), RIGHT), r"the elements \[\[6, 7\], \[1, 2\]\] of its shape .* are missing"),
+    "one box twice": (boxed(LEFT, LEFT, RIGHT), r"the elements \[\[0, 7\], \[0, 2\]\] of its shape .* are there twice"),
+    "beyond the shape": (boxed(LEFT, [[0, 7], [2, 4]]), r"must lie inside, but one is \[\[0, 7\], \[2, 4\]\]"),
+    "one dimension": (boxed([[0, 7]]), r"has shape \[7, 3\], and a box of it must lie inside, but one is \[\[0, 7\]\]"),
+    "three dimensions": (boxed([[0, 7], [0, 3], [0, 1]]), "must lie inside, but one is"),
+    "turned round": (boxed(LEFT, ([[0, 7], [3, 2]], 0, 7)), r"must lie inside, but one is \[\[0, 7\], \[3, 2\]\]"),
+    "a range beyond its box": (boxed(LEFT, (RIGHT, 0, 8)), "of 7 elements, but a range ends at 8"),
+    "a side of three": (boxed(([[0, 7, 9], [0, 3]], 0, 21)), r"breaks the format at .*box.0 \("),
+    "a negative side": (boxed(([[-1, 7], [0, 3]], 0, 21)), r"breaks the format at .*box.0.0 \("),
+    "no box for one half": (lambda m: (boxed(LEFT, RIGHT)(m), pieces_of(m)[1].pop("box")), "are missing"),
+}
+
+
+@pytest.mark.parametrize("fault", BOXES)
+def test_boxes_that_do_not_hold_each_element_once_are_refused(checkpoint: Path, tmp_path: Path, fault: str) -> None:
+    manifest = json.loads((checkpoint / "manifest.json").read_bytes())
+    change, sentence = BOXES[fault]
+    change(manifest)
+    write_manifest(tmp_path, manifest)
+    if not sentence:
+        read_manifest(tmp_path)
+        return
+    with pytest.raises(RuntimeError, match=sentence) as caught:
+        read_manifest(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith((f"{NAME} in {tmp_path}", f"{tmp_path / 'manifest.json'} breaks"))
 
 
 @pytest.mark.parametrize(
@@ -104,22 +152,47 @@ def test_a_manifest_that_lies_about_its_files_is_refused(
         load_split(path, 2)
 
 
+def test_the_documents_ten_lines_and_the_reader_assemble_boxes(tmp_path: Path) -> None:
+    """Columns 0 and 1 of a (4, 3) tensor in two ranges, column 2 cut into two boxes."""
+    weight = torch.arange(12.0).view(4, 3)
+    left, above, below = ((0, 4), (0, 2)), ((0, 1), (2, 3)), ((1, 4), (2, 3))
+    flat = weight[:, :2].flatten()
+    held = [
+        Fragment("w", (4, 3), 0, {"master": flat[:5]}, left),
+        Fragment("w", (4, 3), 5, {"master": flat[5:]}, left),
+        Fragment("w", (4, 3), 0, {"master": weight[:1, 2]}, above),
+        Fragment("w", (4, 3), 0, {"master": weight[1:, 2]}, below),
+    ]
+    path = on_ranks(2, lambda m: save(tmp_path, state=STATE, fragments=held[m.rank :: 2], mesh=m, keep=1))[0]
+    pieces = json.loads((path / "manifest.json").read_bytes())["tensors"]["master/w"]["pieces"]
+    assert [(piece["box"], piece["start"]) for piece in pieces] == [
+        ([[0, 1], [2, 3]], 0),
+        ([[0, 4], [0, 2]], 0),
+        ([[0, 4], [0, 2]], 5),
+        ([[1, 4], [2, 3]], 0),
+    ]
+    names: dict = {}
+    exec(block("python"), names)
+    assert np.array_equal(names["read_tensor"](path, "master/w"), weight)
+    assert torch.equal(read_tensors(path, kind="master")["w"], weight)
+
+
 def test_the_box_of_the_whole_tensor_is_the_default(tmp_path: Path) -> None:
     path = save_split(tmp_path, draw(0), 3)
     manifest = json.loads((path / "manifest.json").read_bytes())
     assert all("box" not in piece for entry in manifest["tensors"].values() for piece in entry["pieces"])
-    boxed = copy.deepcopy(manifest)
-    for piece in pieces_of(boxed):
+    changed = copy.deepcopy(manifest)
+    for piece in pieces_of(changed):
         piece["box"] = [[0, 7], [0, 3]]
-    write_manifest(path, boxed)
+    write_manifest(path, changed)
     assert same(load_split(path, 2), draw(0))
 
 
-@pytest.mark.parametrize("ranges", [[], [(0, 0)], [(3, 3)]])
-def test_nothing_is_covered_by_nothing(ranges: list[tuple[int, int]]) -> None:
-    check_cover("w", 0, ranges, remedy="")
-    with pytest.raises(RuntimeError, match=r"\[0, 5\) of 5 are missing"):
-        check_cover("w", 5, ranges, remedy="")
+def test_a_box_of_the_whole_tensor_is_not_written(tmp_path: Path) -> None:
+    held = Fragment("w", (2, 3), 0, {"master": torch.arange(6.0)}, ((0, 2), (0, 3)))
+    path = on_ranks(1, lambda m: save(tmp_path, state=STATE, fragments=[held], mesh=m, keep=1))[0]
+    (piece,) = json.loads((path / "manifest.json").read_bytes())["tensors"]["master/w"]["pieces"]
+    assert piece == {"file": "rank_00000.safetensors", "key": "master/w@0", "start": 0, "length": 6}
 
 
 def block(language: str) -> str:

@@ -10,7 +10,7 @@ from model.parameters import count_parameters
 from model.transformer import Transformer
 from tests.train.tiny_job import ALONE, tiny_config, write_shards
 from train.config import Config, check_resume, load_config, to_yaml
-from train.run import dry_run
+from train.dry_run import dry_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs" / "tiny_cpu.yaml"

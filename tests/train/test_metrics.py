@@ -82,13 +82,18 @@ def test_tensorboard_has_the_nested_figures(folder: RunFolder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     writer = MetricsWriter(folder, WORLD, restored_step=0)
-    writer.write({"step": 3, "loss": 1.5, "routers": {"layers.0.mixer.value": {"dead_experts": 2}}})
+    exchange = {"bytes": {"dispatch_backward": {"near": 5.0, "far": 7.0}}, "seconds": {"dispatch": {"max": 0.5}}}
+    writer.write(
+        {"step": 3, "loss": 1.5, "routers": {"layers.0.mixer.value": {"dead_experts": 2}}, "exchange": exchange}
+    )
     writer.close()
     events = EventAccumulator(str(folder.tensorboard))
     events.Reload()
     (loss,) = events.Scalars("loss")
     (dead,) = events.Scalars("routers/layers.0.mixer.value/dead_experts")
     assert (loss.step, loss.value, dead.value) == (3, 1.5, 2.0)
+    names = ("bytes/dispatch_backward/near", "bytes/dispatch_backward/far", "seconds/dispatch/max")
+    assert [events.Scalars(f"exchange/{name}")[0].value for name in names] == [5.0, 7.0, 0.5]
 
 
 def test_the_metrics_of_an_attempt_without_a_checkpoint_are_kept(folder: RunFolder, caplog: pytest.LogCaptureFixture):

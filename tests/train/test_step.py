@@ -154,6 +154,26 @@ def test_a_good_step_makes_one_small_collective_for_each_micro_step_and_one_for_
     assert world.calls == SETTINGS.accumulation_steps + 1
 
 
+class SteppingMesh(CountingMesh):
+    """Notes when a step begins and ends, and how many collectives were made before."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.notes: list[tuple[str, int]] = []
+
+    def begin_step(self, step: int) -> None:
+        self.notes.append((f"begin {step}", self.calls))
+
+    def end_step(self) -> None:
+        self.notes.append(("end", self.calls))
+
+
+def test_the_world_is_told_the_number_of_the_step_before_its_first_collective_and_its_end_after_the_last():
+    world = SteppingMesh()
+    train_step(cast(Engine, TableEngine()), batches(), world, SETTINGS, step=4, lr=0.1)
+    assert world.notes == [("begin 5", 0), ("end", world.calls)]
+
+
 def test_an_evaluation_weighs_every_target_the_same_and_leaves_the_model_in_training_mode():
     engine = TableEngine()
     found = evaluate(cast(Engine, engine), batches(), WORLD, SETTINGS, step=0)

@@ -9,11 +9,13 @@ import torch
 from safetensors import safe_open
 
 from model.fragments import Fragment
+from model.parameters import Box
 from tests.train.thread_mesh import STATE, on_ranks
 from train import storage
 from train.checkpoint import load, read_tensors, save
 from train.coverage import parts_of
-from train.manifest import read_manifest
+from train.manifest import Manifest, TensorEntry, read_manifest
+from train.storage import Part
 
 
 def test_named_tensors_of_every_dtype_come_back(tmp_path: Path) -> None:
@@ -94,6 +96,54 @@ def test_a_reader_reads_only_its_ranges(tmp_path: Path, monkeypatch: pytest.Monk
     storage.read_parts(path, read_manifest(path), parts_of([Fragment("w", (4, 5), 5, {"master": wanted})], {}))
     assert wanted.tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
     assert SpiedSlice.taken == 8
+
+
+@pytest.mark.parametrize(
+    ("stored_box", "wanted_box", "rows_taken"),
+    [
+        (
+            None,
+            ((1, 3), (2, 5)),
+            2 * 5,
+        ),  # whole rows of the map are asked for, and of them only the columns are touched
+        (((0, 4), (2, 5)), ((1, 3), (0, 5)), 2 * 3),
+        (((2, 4), (0, 5)), ((1, 3), (4, 5)), 1 * 5),
+        (((0, 4), (0, 2)), ((0, 4), (2, 5)), 0),
+    ],
+)
+def test_of_another_box_only_the_rows_that_meet_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored_box: Box | None, wanted_box: Box, rows_taken: int
+) -> None:
+    """Of a tensor of (4, 5), one box is stored and another is wanted: what both have is copied."""
+    weight = torch.arange(20.0).view(4, 5)
+    stored = Part("master/w", (4, 5), 0, weight[_slices(stored_box)].flatten(), stored_box)
+    written = storage.write_tensors(tmp_path / "one.safetensors", [stored])
+    entry = TensorEntry(shape=[4, 5], dtype="F32", pieces=written.pieces["master/w"])
+    manifest = Manifest.model_construct(tensors={"master/w": entry})
+    monkeypatch.setattr(storage, "safe_open", SpiedFile)
+    monkeypatch.setattr(SpiedSlice, "taken", 0)
+    found = torch.full((4, 5), -1.0)
+    values = torch.full((found[_slices(wanted_box)].numel(),), -1.0)
+    storage.read_parts(tmp_path, manifest, [Part("master/w", (4, 5), 0, values, wanted_box)])
+    found[_slices(wanted_box)] = values.view(found[_slices(wanted_box)].shape)
+    both = torch.zeros(4, 5, dtype=torch.int)
+    both[_slices(stored_box)] += 1
+    both[_slices(wanted_box)] += 1
+    assert torch.equal(found, torch.where(both == 2, weight, -1.0))
+    assert SpiedSlice.taken == rows_taken
+
+
+def _slices(box: Box | None) -> tuple[slice, ...]:
+    return (slice(None),) if box is None else tuple(slice(*side) for side in box)
+
+
+def test_a_slice_of_a_file_is_a_view_of_its_map(tmp_path: Path) -> None:
+    """So rows that are asked for do not come into memory whole when only some of their columns are copied."""
+    written = storage.write_tensors(tmp_path / "one.safetensors", [Part("master/w", (32,), 0, torch.arange(32.0))])
+    with safe_open(tmp_path / "one.safetensors", framework="pt") as file:
+        stored = file.get_slice(written.pieces["master/w"][0].key)
+        first, second = stored[5:], stored[9:]
+        assert second.data_ptr() - first.data_ptr() == 4 * 4
 
 
 def test_one_piece_at_a_time_of_at_most_32_mib_is_in_memory(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from model.hsm.config import HSMConfig
+from tests.model.build import place
 from tests.model.hsm.build import ALL
 
 
@@ -102,4 +103,5 @@ def test_heads_have_one_shift_together_unless_they_have_their_own():
 
 def test_the_section_has_no_experts_no_memory_and_nothing_for_the_log():
     config = HSMConfig()
-    assert (config.banks(), config.expert_widths(8), config.notes(), config.num_memory_blocks()) == ([], set(), [], 0)
+    assert config.banks(place("hsm")) == []
+    assert (config.expert_widths(8), config.notes(), config.num_memory_blocks()) == (set(), [], 0)
