@@ -78,8 +78,9 @@ def efficiency(found: Sequence[Point], *, overlap: bool) -> list[float]:
 def table(name: str, found: Sequence[Point], single: Sequence[Point]) -> list[str]:
     """Markdown. single: the same with one micro-step to a step. A star where a point does not fit."""
     first = found[0]
-    head = ("GPUs", "compute", "exchange", "gradients, ZeRO", "step, no overlap", "perfect overlap")
-    head += ("efficiency, no overlap", "perfect overlap", "1 micro-step, no overlap", "GB per GPU")
+    head = ("GPUs", "compute", "exchange", "gradients, ZeRO", "step, no overlap", "step, perfect overlap")
+    head += ("efficiency, no overlap", "efficiency, perfect overlap")
+    head += ("efficiency, 1 micro-step, no overlap", "GB per GPU")
     lines = [
         f"## {name}: {first.rows} rows ({first.tokens:,} tokens) per GPU and step, in {first.micro_steps} micro-steps",
         "",
@@ -101,14 +102,15 @@ def assumptions(hardware: Hardware) -> list[str]:
         "",
         f"- {NODE_SIZE} GPUs a node; each sends {hardware.nvlink_gb:g} GB/s to its own node and {hardware.network_gb:g} GB/s to others, "
         "reached by messages of every size; no latency, no congestion, no stragglers",
-        f"- {hardware.tflops:g} TFLOP/s sustained per GPU for all arithmetic. An H100's peak is 989, but a matmul of experts of width 128 is bound "
-        "by memory at 381: narrow experts will be slower than this",
+        f"- {hardware.tflops:g} TFLOP/s sustained per GPU for all arithmetic. An H100's peak is 989, but a matmul of experts of width "
+        "128 is bound by memory at 381: narrow experts will be slower than this",
         "- the optimizer's update and the loading of data take no time; routing is uniform, so every GPU has its share of tokens",
-        f"- ep_size auto is {NODE_SIZE}: the exchange stays in a node; gradients and ZeRO's gather go round rings after the last backward pass",
+        f"- ep_size auto is {NODE_SIZE}: the exchange stays in a node; gradients and ZeRO's gather go round rings, after the last "
+        "backward pass",
         "- no overlap: compute, exchange and gradients one after the other. Perfect overlap: compute and exchange take as long as the "
         "longer of the two; gradients and ZeRO's gather are overlapped in neither, as in parallel/zero.py",
-        f"- weak scaling: a GPU keeps the rows it has at {CONFIGURED_FOR} GPUs; efficiency is the step time on {GPUS[0]} GPUs over that on N. "
-        f"At {GPUS[-1]:,} GPUs that is a batch of 134 million tokens or more, beyond what anybody trains with: with one micro-step to a "
+        f"- weak scaling: a GPU keeps the rows it has at {CONFIGURED_FOR} GPUs; efficiency is the step time on {GPUS[0]} GPUs over that on "
+        f"N. At {GPUS[-1]:,} GPUs that is a batch of 134 million tokens or more, beyond what anybody trains with: with one micro-step to a "
         "step it is 34 million or more, and the gradients weigh more",
         f"- memory without activations; * leaves less than {ROOM / 1e9:g} of {GPU_MEMORY / 1e9:g} GB for them",
         "",
@@ -147,7 +149,7 @@ def picture(found: Models, hardware: Hardware, path: Path) -> None:
     right.legend(fontsize=8, loc="lower left")
     figure.suptitle(
         f"Predicted, not measured: {hardware.tflops:g} TFLOP/s per GPU, {hardware.nvlink_gb:g} GB/s in a node, "
-        f"{hardware.network_gb:g} GB/s between nodes; open circles do not fit",
+        f"{hardware.network_gb:g} GB/s between nodes; open circles: no room for activations",
         fontsize=11,
     )
     figure.tight_layout()

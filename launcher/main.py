@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# The last column is text: the rates' defaults are parallel/predict.py's, which a run does not import.
 PLAN_FLAGS = (
-    ("--nodes", int, "N", "machines"),
-    ("--gpus-per-node", int, "G", "processes on each"),
-    ("--nvlink-gb", float, "GB", "GB/s that a process sends inside its node"),
-    ("--network-gb", float, "GB", "GB/s that a process sends to other nodes"),
-    ("--tflops", float, "T", "TFLOP/s that a process sustains"),
+    ("--nodes", int, "N", "machines", "those of this start"),
+    ("--gpus-per-node", int, "G", "processes on each", "those of this start"),
+    ("--nvlink-gb", float, "GB", "GB/s that a process sends inside its node", "450"),
+    ("--network-gb", float, "GB", "GB/s that a process sends to other nodes", "50"),
+    ("--tflops", float, "T", "TFLOP/s that a process sustains", "300"),
 )
 
 
@@ -77,7 +78,6 @@ def _put_this_clone_first() -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     from launcher.usage import DESCRIPTION, EXAMPLES, key_table
-    from parallel.predict import Hardware
 
     parser = argparse.ArgumentParser(
         prog="launcher/main.py",
@@ -96,8 +96,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="print the resolved config, the model's size, and bytes, seconds and memory of a step; train nothing",
     )
     planning = parser.add_argument_group("with --dry-run, the processes and rates to predict for")
-    for flag, kind, metavar, help_text in PLAN_FLAGS:
-        default = getattr(Hardware(), _name(flag), "those of this start")
+    for flag, kind, metavar, help_text, default in PLAN_FLAGS:
         planning.add_argument(flag, type=kind, metavar=metavar, help=f"{help_text}; default: {default}")
     # DeepSpeed's launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)

@@ -1,6 +1,6 @@
 """The table of a model: its layers by kind, with parameters from the built model and costs by formula, and its text.
 
-Does not own the formulas (model/cost.py says where they lie). Called by train/run.py for `--dry-run`.
+Does not own the formulas (model/cost.py says where they lie). Called by train/dry_run.py.
 """
 
 import math

@@ -73,11 +73,18 @@ def exchange_notes(config: Config, layout: Layout, *, processes: int) -> list[st
     """Sentences for the log: what travels for each bank and why, equal ones of several layers once."""
     if layout.ep_size == 1:
         return []
-    depths: dict[tuple[str, BankExchange], list[str]] = {}
+    depths: dict[tuple[str, BankExchange], list[int]] = {}
     for path, chosen in choose_exchanges(config, layout, processes=processes).items():
         _, depth, name = path.split(".", 2)
-        depths.setdefault((name, chosen), []).append(depth)
-    return [chosen.sentence(f"layers.{','.join(found)}.{name}") for (name, chosen), found in depths.items()]
+        depths.setdefault((name, chosen), []).append(int(depth))
+    return [chosen.sentence(f"layers.{_ranges(found)}.{name}") for (name, chosen), found in depths.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers as "0-3,7"."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ",".join(f"{start}" if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
 
 
 def build_model(config: Config, *, vocab_size: int, device: torch.device) -> Transformer:

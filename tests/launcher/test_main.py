@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import train.run
-from launcher.main import main
+from launcher.main import PLAN_FLAGS, main
 from parallel.config import ProcessInfo
+from parallel.predict import Hardware
 from train.config import Config
 from train.config_errors import fields
 
@@ -280,3 +281,10 @@ def test_other_ranks_say_who_they_are(
         monkeypatch.setenv(name, value)
     assert main(["--config", TINY]) == 2
     assert capsys.readouterr().err.startswith("error (rank 1): streams")
+
+
+def test_the_help_names_the_rates_that_a_prediction_takes():
+    """They are written twice, because a run does not import parallel/predict.py."""
+    defaults = {flag: default for flag, *_, default in PLAN_FLAGS}
+    for flag in ("nvlink_gb", "network_gb", "tflops"):
+        assert float(defaults["--" + flag.replace("_", "-")]) == getattr(Hardware(), flag)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.cost_table import model_table
 from tests.train.test_config import parameters, world
 from train.build import build_model
 from train.config import Config, load_config
@@ -71,6 +72,28 @@ def test_a_node_of_8_splits_the_experts_evenly_and_two_nodes_their_state(name: s
     memory = found.prediction.memory
     assert memory.weights == 4 * (dense + experts / 8)
     assert memory.moments == pytest.approx(8 * (dense / 16 + experts / 16), rel=1e-6)
+
+
+def test_one_node_leaves_the_30b_no_room_for_activations():
+    text = (CONFIGS / "switchall_30b.yaml").read_text()
+    _, found = config_and_forecast("switchall_30b", nodes=1)
+    assert f"on 1 node the experts' state is not split: {found.prediction.memory.total / 1e9:.1f} GB" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "floats", "size"), [("switchall_1b", "288,000", "4.7"), ("switchall_7b", "1,290,000", "42")]
+)
+def test_the_floats_of_a_token_and_of_a_micro_step_are_those_of_the_table(name: str, floats: str, size: str):
+    config, found = config_and_forecast(name, nodes=2)
+    model = build_model(config, vocab_size=VOCABULARY, device=torch.device("cpu"))
+    length = config.data.sequence_length
+    lines = model_table(model, length=length)
+    of_token = sum(line.cost.work.floats for line in lines if line.cost is not None) / length
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    assert f"{floats} floats a token" in text
+    assert of_token == pytest.approx(float(floats.replace(",", "")), rel=0.005)
+    assert f"{size} GB " in text
+    assert of_token * found.work.tokens * 2 / 1e9 == pytest.approx(float(size), rel=0.01)
 
 
 def test_the_share_of_experts_and_the_tokens_of_the_1b_are_as_its_comments_say():
