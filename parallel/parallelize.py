@@ -22,16 +22,25 @@ def parallelize(
 
     exchanges: what travels, for each bank by its path in the model. chunks: parts into which the tokens of an exchange are cut. With
     ep_size 1 every rank keeps whole banks and rows stay at home; only the statistics reach other ranks.
+
+    Raises:
+        RuntimeError: a bank is not among `exchanges`: its section does not name it.
     """
     if mesh.ep_size > 1:
         # 1. banks first: materialize must see the local shapes
         gathered = set()
         for path, module in model.named_modules():
+            if not isinstance(module, ExpertBank):
+                continue
+            if path not in exchanges:
+                raise RuntimeError(
+                    f"every expert bank must be among its section's banks(), but {path} is not: add a BankShape of that name"
+                )
             if isinstance(module, Table):
                 module.shard(rank=mesh.ep_rank, size=mesh.ep_size, columns=exchanges[path].columns)
-            elif isinstance(module, ExpertBank):
+            else:
                 module.shard(rank=mesh.ep_rank, size=mesh.ep_size)
-            if isinstance(module, ExpertBank) and exchanges[path].mode == "weights":
+            if exchanges[path].mode == "weights":
                 gathered.add(module)
         # 2. rows now travel to the owners of their experts, or weights to the rows; a dispatcher keeps no state between calls
         levels = () if mesh.rail is None or mesh.node is None else (mesh.rail, mesh.node)

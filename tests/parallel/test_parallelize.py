@@ -80,3 +80,18 @@ def test_each_layer_has_a_dispatcher_that_knows_its_path_and_what_travels(pool, 
     names = {"mixer": ["output_experts", "value_experts"], "feedforward": ["experts"]}
     banks = sorted(f"{part}.{name}" for part in parts for name in names[part.split(".")[2]])
     assert seen == [(part, banks if exchange == "weights" else [], 3) for part in parts]
+
+
+def without_its_shape() -> str:
+    with open_world(2) as mesh:
+        model = Transformer(MODEL, vocab_size=VOCABULARY, backend="reference")
+        chosen = exchanges_of(Case(ep_size=2), 2)
+        del chosen["layers.1.mixer.output_experts"]
+        with pytest.raises(RuntimeError) as caught:
+            parallelize(model, mesh, seed=7, exchanges=chosen)
+        return str(caught.value)
+
+
+def test_a_bank_that_its_section_does_not_name_is_an_error(pool):
+    for sentence in pool(2).run(without_its_shape):
+        assert "banks(), but layers.1.mixer.output_experts is not" in sentence
