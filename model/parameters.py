@@ -136,7 +136,7 @@ class Table(ExpertBank):
         for what, value in {"ranks that share it": size, **widths}.items():
             if value % columns:
                 raise ValueError(
-                    f"a table's columns must divide the {what}, but they are {columns} and the {what} {value}: choose fewer columns"
+                    f"a table's columns must divide the {what}, but they are {columns} and the {what} {value}: set parallel.table_columns to a divisor"
                 )
         super().shard(rank=rank // columns, size=size // columns)
         self.columns, self.column = columns, rank % columns

@@ -108,7 +108,8 @@ class Mesh:
             sent = self.world.broadcast(text.numel(), source=source)
             with self.ledger.collective(Where("run", "", "tell"), sent):
                 dist.broadcast(text, group_src=source, group=self.world_group)
-        return [json.loads(bytes(text.cpu().numpy())) for text in texts]
+        with self.ledger.waiting(Where("run", "", "tell")):  # on a GPU the host waits only here
+            return [json.loads(bytes(text.cpu().numpy())) for text in texts]
 
     def _all_reduce(self, values: Tensor, *, verb: str, op: Any = dist.ReduceOp.SUM) -> Tensor:
         total = values.detach().to(self.device, copy=True)

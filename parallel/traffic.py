@@ -26,7 +26,7 @@ def exchange_record(ranks: Ranks, traffic: Traffic, *, num_steps: int) -> dict[s
     """Per step: bytes that a rank sends (mean over ranks), by verb and by bank, near and far; host seconds by verb.
 
     Keys of `bytes` are verbs, with "_backward" where gradients travel; keys of `banks` are the layers' labels, both directions and all
-    depths together; collectives without a bank (statistics, optimizer) are in `bytes` alone. Three all-reduces over all ranks of a
+    depths together; collectives without a bank (plan, statistics, optimizer) are in `bytes` alone. Three all-reduces over all ranks of a
     few hundred bytes.
 
     Raises:

@@ -6,7 +6,7 @@ benchmarks/scaling.py; imports no torch.
 
 Tokens are expected under uniform routing: each head of a token chooses `top_k` distinct groups, all sets alike. The expectation is exact,
 padding included. docs/parallelism.md has the formulas as a table. Bytes are those of one forward and one backward pass, means over the
-ranks; activation recompute repeats the forward ones. What stays on a rank is not sent.
+ranks; what activation recompute repeats is parallel/predict.py's. What stays on a rank is not sent.
 """
 
 import math

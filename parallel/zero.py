@@ -129,7 +129,8 @@ class ZeroEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = self._clip() if self.stage == 0 else None
-        self._deepspeed.step()
+        with self.mesh.ledger.waiting(Where("optimizer", "", "step")):  # DeepSpeed reads norms in it
+            self._deepspeed.step()
         return norm if norm is not None else float(self._deepspeed.get_global_grad_norm())
 
     def _clip(self) -> float:
@@ -144,7 +145,8 @@ class ZeroEngine:
         if self.mesh.ep_size > 1:
             with self.mesh.ledger.collective(Where("optimizer", "", "norm"), self.mesh.experts.all_reduce(4)):
                 dist.all_reduce(experts, group=self.mesh.expert_group)
-        norm = float((dense + experts).sqrt())
+        with self.mesh.ledger.waiting(Where("optimizer", "", "norm")):  # on a GPU the host waits only here
+            norm = float((dense + experts).sqrt())
         if self.clip_grad_norm > 0 and norm > self.clip_grad_norm:
             for gradient in gradients:
                 gradient.mul_(self.clip_grad_norm / (norm + 1e-6))

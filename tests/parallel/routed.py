@@ -33,7 +33,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks of a pool share the work. exchange: tokens, weights, or mixed (V's tokens, O's weights)."""
+    """How the ranks of a pool share the work. exchange: tokens, weights, mixed (V's tokens, O's weights) or "mixed, V's weights"."""
 
     ep_size: int
     node_size: int | None = None
@@ -117,7 +117,8 @@ def banks_of(shape: Shape, layout: Layout, ep_rank: int, dtype: torch.dtype) -> 
 
 
 def _slice(weight: torch.Tensor, bank: ExpertBank) -> torch.Tensor:
-    padded = torch.cat([weight, torch.full_like(weight, torch.nan)])  # padding that anyone read would show
+    padding = torch.full_like(weight[:1], torch.nan).expand(bank.num_ranks, -1, -1)  # that anyone read would show
+    padded = torch.cat([weight, padding])
     return padded[bank.first_group : bank.first_group + bank.num_local].clone()
 
 
@@ -141,7 +142,9 @@ def by_dispatcher(
     with dispatcher_of(layout) as (mesh, dispatcher), mixed:
         rows = rows_of(mesh.rank, shape, routing=routing, tokens=tokens_of[mesh.rank], seed=seed)
         banks = banks_of(shape, layout, mesh.ep_rank, dtype)
-        dispatcher.gathered = {"tokens": (), "weights": banks, "mixed": banks[1:]}[layout.exchange]
+        dispatcher.gathered = {"tokens": (), "weights": banks, "mixed": banks[1:], "mixed, V's weights": banks[:1]}[
+            layout.exchange
+        ]
         x, gates = (values.clone().to(dtype).requires_grad_() for values in (rows.x_TD, rows.gates_XK))
         to_heads, to_tokens = dispatcher.plan(*routings(rows, shape, gates, banks))
         hidden = apply(dispatcher, to_heads, x, label="value")

@@ -64,9 +64,10 @@ def test_every_exchange_gives_the_outputs_and_gradients_of_a_loop(pool, ep_size,
         ([0, 4], Layout(2)),
         ([2, 7, 0, 5], Layout(2, overlap=False)),
         ([3, 0, 6, 1], Layout(4, exchange="mixed", chunks=2)),
+        ([3, 8, 2, 6], Layout(4, exchange="mixed, V's weights", chunks=2)),
         ([3, 8, 2, 6], Layout(4, node_size=2, chunks=3)),
     ],
-    ids=["zero_rows", "two_groups", "mixed", "two_nodes"],
+    ids=["zero_rows", "two_groups", "mixed", "mixed_the_other_way", "two_nodes"],
 )
 def test_in_float64_the_dispatcher_and_the_loop_differ_by_rounding(pool, tokens, layout, routing):
     check(pool, layout, routing=routing, tokens=tokens, bound=1e-13)

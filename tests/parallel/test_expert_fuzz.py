@@ -26,7 +26,7 @@ def cases(draw: st.DrawFn) -> tuple[Shape, Layout, list[int]]:
     layout = Layout(
         ep_size,
         node_size,
-        exchange=draw(st.sampled_from(["tokens", "tokens", "mixed", "weights"])),
+        exchange=draw(st.sampled_from(["tokens", "tokens", "mixed", "mixed, V's weights", "weights"])),
         chunks=draw(st.integers(1, 5)),
         overlap=draw(st.booleans()),
     )

@@ -11,6 +11,7 @@ from model.parameters import logical_parameters, materialize
 from model.transformer import Transformer
 from parallel.expert import AllToAllDispatcher
 from parallel.parallelize import parallelize
+from parallel.statistics import AllRankStatistics
 from tests.parallel.two_steps import MODEL, VOCABULARY, Case, Piece, assemble, exchanges_of, open_world
 
 
@@ -65,6 +66,9 @@ def layers_seen(exchange: Literal["tokens", "weights"]) -> list[tuple[str, list[
         model = Transformer(MODEL, vocab_size=VOCABULARY, backend="reference")
         parallelize(model, mesh, seed=7, exchanges=exchanges_of(case, 2), chunks=3)
         paths = {module: path for path, module in model.named_modules()}
+        for path, module in model.named_modules():
+            if isinstance(statistics := getattr(module, "statistics", None), AllRankStatistics):
+                assert statistics.where.layer == path
         found = [getattr(module, "dispatcher", None) for module in model.modules()]
         return [
             (one.layer, sorted(paths[bank] for bank in one.gathered), one.chunks)
