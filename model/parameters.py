@@ -92,10 +92,8 @@ class ExpertBank(DeclaringModule):
         self, num_groups: int, weights: dict[str, tuple[tuple[int, ...], Initializer]], *, decays: bool = True
     ) -> None:
         super().__init__()
-        self.num_groups = num_groups
-        self.first_group = 0
-        self.num_local = num_groups
-        self.num_ranks = 1
+        self.num_groups, self.num_ranks = num_groups, 1
+        self.first_group, self.num_local = 0, num_groups
         self.columns, self.column = 1, 0
         for name, (shape, draw) in weights.items():
             self.declare(name, (num_groups, *shape), draw, decays=decays)
@@ -117,8 +115,8 @@ class ExpertBank(DeclaringModule):
 class Table(ExpertBank):
     """A bank of so many small groups, the rows of a product-key table, that they are drawn `rows_per_block` at a time.
 
-    The blocks do not depend on the sharding. Weight decay is not for tables: most rows get no gradient in a step (our reading).
-    The width of each weight (rows, width) may be split too: columns is the number of equal ranges, column the index of ours.
+    The blocks do not depend on the sharding. Weight decay is not for tables: most rows get no gradient in a step (our reading). The
+    width of each weight may be split too, in `columns` equal ranges, of which this is number `column`.
     """
 
     rows_per_block = 1024
@@ -136,7 +134,8 @@ class Table(ExpertBank):
         for what, value in {"ranks that share it": size, **widths}.items():
             if value % columns:
                 raise ValueError(
-                    f"a table's columns must divide the {what}, but they are {columns} and the {what} {value}: set parallel.table_columns to a divisor"
+                    f"a table's columns must divide the {what}, but they are {columns} and the {what} {value}: "
+                    "set parallel.table_columns to a divisor"
                 )
         super().shard(rank=rank // columns, size=size // columns)
         self.columns, self.column = columns, rank % columns
