@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
@@ -80,13 +80,14 @@ class _Outcome:
 class Pool:
     """`size` processes in one gloo world, started by the first job and again after every job that went wrong.
 
-    `folder` receives a log per worker and the file through which they meet. Start it from the main thread: workers die
-    with the thread that started them.
+    `folder` receives a log per worker and the file through which they meet; `environment` is set in the workers before
+    they import anything. Start it from the main thread: workers die with the thread that started them.
     """
 
-    def __init__(self, size: int, *, folder: Path) -> None:
+    def __init__(self, size: int, *, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self.size = size
         self._folder = folder
+        self._environment = dict(environment or {})
         self._generation = 0
         self._workers: list[_Worker] = []
 
@@ -151,7 +152,7 @@ class Pool:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "tests.pool_worker", *options],
                 cwd=ROOT,
-                env=_environment(rank, self.size),
+                env=_environment(rank, self.size) | self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

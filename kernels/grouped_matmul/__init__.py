@@ -1,7 +1,7 @@
 """grouped_matmul: each group of rows times the weights of its own expert; the only heavy operation of an expert layer.
 
-Owns: the public function, all checks, autocast, and the choice of a backend. Does not own: routing, sorting or
-gathering rows (model/dispatch.py) and where an expert lives (parallel/expert.py).
+Owns: the public function, autocast, and the choice of a backend. Does not own: its checks (checks.py), routing and sorting
+(model/dispatch.py) and where an expert lives (parallel/expert.py).
 Called by: the experts of model/; train/ calls `choose_backend` once at the start of a run and logs the answer.
 """
 
@@ -10,32 +10,70 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from kernels.availability import why_not_triton
+from kernels.grouped_matmul.checks import check_offsets, check_routes, check_routes_in_range, check_shapes
 from kernels.grouped_matmul.cpu import by_loop, by_torch, why_not_torch
 from kernels.grouped_matmul.reference import reference
+from kernels.grouped_matmul.routed import Routes, by_parts
 
-BACKENDS = {"torch": by_torch, "loop": by_loop, "reference": reference}
+PLAIN = {"torch": by_torch, "loop": by_loop, "reference": reference}
+BACKENDS = (*PLAIN, "triton")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def grouped_matmul(rows_RM: Tensor, weights_GMN: Tensor, *, offsets_G: Tensor, backend: str) -> Tensor:
-    """Multiply rows offsets_G[g-1] to offsets_G[g] by weights_GMN[g].
+def grouped_matmul(
+    rows_RM: Tensor,
+    weights_GMN: Tensor,
+    *,
+    offsets_G: Tensor,
+    backend: str,
+    row_index_C: Tensor | None = None,
+    activation: str = "none",
+    gates_C: Tensor | None = None,
+    gate_side: str = "after",
+    output_index_C: Tensor | None = None,
+    num_outputs: int | None = None,
+) -> Tensor:
+    """Multiply copies offsets_G[g-1] to offsets_G[g] by weights_GMN[g].
+
+    Without an index the copies are the rows themselves, C = R. "triton" does all that is asked for in the matmul's own
+    kernel, and sums in a second one in a fixed order (after CVMM, arXiv 2312.07987); the others do one after the other.
 
     Args:
-        rows_RM: R rows of width M, sorted by group; any strides.
+        rows_RM: R rows of width M, sorted by group if there is no index; any strides.
         weights_GMN: one M x N matrix per group, G >= 1; any strides. Same dtype and device as the rows.
-        offsets_G: int32, the end of each group in rows: non-decreasing, the last one is R. A group may be empty, and
-            R may be 0.
-        backend: "torch", "loop" or "reference"; what `choose_backend` returned.
+        offsets_G: int32, the end of each group in copies: non-decreasing, the last one is C. A group may be empty, and
+            C may be 0.
+        backend: "torch", "loop", "reference" or "triton"; what `choose_backend` returned.
+        row_index_C: int32 or int64, the row that each copy reads, in [0, R).
+        activation: "none" or "relu", of the product.
+        gates_C: float32, one factor per copy, differentiable.
+        gate_side: "before" the matmul (on its input) or "after" the activation.
+        output_index_C: int32 or int64, the output row that each copy adds to, in [0, num_outputs).
+        num_outputs: P, given with output_index_C.
 
     Returns:
-        rows_RN in the dtype of the rows, differentiable in rows and weights. Under torch.autocast it computes in, and
-        returns, the autocast dtype like torch.matmul, and fp32 leaves get fp32 gradients. A group without rows gets
-        exactly zero gradients, and NaN stays inside its group. Deterministic for a fixed number of threads.
+        rows_CN, or sums_PN with an output index (float32 sums, rounded once; no copy gives exactly zero), in the dtype of
+        the rows, differentiable in rows, weights and gates. Under torch.autocast it computes in, and returns, the autocast
+        dtype like torch.matmul, and fp32 leaves get fp32 gradients. A group without rows gets exactly zero gradients, and
+        NaN stays inside its group. Deterministic for a fixed number of threads; on a GPU "triton" is, with all its
+        gradients, the others are not where they sum copies.
 
     Raises:
-        ValueError: shapes, dtypes, devices or offsets that do not fit together, or that the backend cannot serve.
-            Offsets on a GPU are not looked at by "torch": reading them would stall the stream.
+        ValueError: shapes, dtypes, devices, offsets or indices that do not fit together, or that the backend cannot serve.
+            Offsets on a GPU are not looked at by "torch" and "triton", indices by none: reading them would stall the stream.
     """
-    _check_shapes(rows_RM, weights_GMN, offsets_G=offsets_G)
+    routes = Routes(
+        row_index_C=row_index_C,
+        activation=activation,
+        gates_C=gates_C,
+        gate_side=gate_side,
+        output_index_C=output_index_C,
+        num_outputs=num_outputs,
+    )
+    check_shapes(rows_RM, weights_GMN, offsets_G=offsets_G)
+    num_copies = rows_RM.shape[0] if row_index_C is None else row_index_C.shape[0]
+    check_routes(routes, num_copies=num_copies, device=rows_RM.device)
     device_type = rows_RM.device.type
     if torch.is_autocast_enabled(device_type):
         rows_RM, weights_GMN = _as_autocast(rows_RM), _as_autocast(weights_GMN)
@@ -44,17 +82,21 @@ def grouped_matmul(rows_RM: Tensor, weights_GMN: Tensor, *, offsets_G: Tensor, b
             f"rows and weights must have one dtype outside autocast, got rows {rows_RM.dtype} and weights "
             f"{weights_GMN.dtype}: cast one of them, or run under torch.autocast"
         )
-    if backend == "torch":
-        if reason := why_not_torch(rows_RM.dtype, device_type=device_type, widths=weights_GMN.shape[1:]):
-            raise ValueError(reason)
-    elif backend not in BACKENDS:
+    if backend not in BACKENDS:
         raise ValueError(
             f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}: call choose_backend once at the start of "
             "the run and pass its answer on"
         )
-    if backend != "torch" or device_type == "cpu":
-        _check_offsets(offsets_G.tolist(), num_rows=rows_RM.shape[0])
-    return BACKENDS[backend](rows_RM, weights_GMN, offsets_G=offsets_G)
+    if reason := _why_not(backend, rows_RM.dtype, device_type=device_type, widths=weights_GMN.shape[1:]):
+        raise ValueError(reason)
+    # A compiled model is not checked: reading the numbers would cut its graph in two.
+    if (device_type == "cpu" or backend in ("loop", "reference")) and not torch.compiler.is_compiling():
+        check_offsets(offsets_G.tolist(), num_rows=num_copies)
+        if device_type == "cpu":
+            check_routes_in_range(routes, num_rows=rows_RM.shape[0])
+    if backend == "triton":
+        return _by_triton(rows_RM, weights_GMN, offsets_G, routes)
+    return by_parts(PLAIN[backend], rows_RM, weights_GMN, offsets_G=offsets_G, routes=routes)
 
 
 def choose_backend(requested: str, *, device: torch.device | str, dtype: torch.dtype, widths: Iterable[int]) -> str:
@@ -64,7 +106,7 @@ def choose_backend(requested: str, *, device: torch.device | str, dtype: torch.d
     faster one (by 1 to 23 %) in every shape that both serve, on 1 and 2 threads, forward and forward+backward.
 
     Args:
-        requested: "auto", "torch", "loop" or "reference".
+        requested: "auto", "torch", "loop", "reference" or "triton".
         device: where the experts are.
         dtype: what the matmul computes in (the autocast dtype when the run uses autocast).
         widths: every M and N that the run will multiply.
@@ -72,41 +114,40 @@ def choose_backend(requested: str, *, device: torch.device | str, dtype: torch.d
     Raises:
         ValueError: an unknown name, or a backend that cannot serve this device, this dtype or these widths.
     """
-    reason = why_not_torch(dtype, device_type=torch.device(device).type, widths=widths)
+    device_type = torch.device(device).type
     if requested == "auto":
-        return "loop" if reason else "torch"
+        return "loop" if _why_not("torch", dtype, device_type=device_type, widths=widths) else "torch"
     if requested not in BACKENDS:
         raise ValueError(f"the grouped matmul backend must be one of auto, {', '.join(BACKENDS)}, got {requested!r}")
-    if requested == "torch" and reason:
+    if reason := _why_not(requested, dtype, device_type=device_type, widths=widths):
         raise ValueError(reason)
     return requested
 
 
-def _check_shapes(rows_RM: Tensor, weights_GMN: Tensor, *, offsets_G: Tensor) -> None:
-    if rows_RM.ndim != 2 or weights_GMN.ndim != 3 or rows_RM.shape[1] != weights_GMN.shape[1]:
-        raise ValueError(
-            f"rows [R, M] and weights [G, M, N] must agree in M, got rows {list(rows_RM.shape)} and weights "
-            f"{list(weights_GMN.shape)}: transpose or reshape one of them"
-        )
-    if offsets_G.dtype != torch.int32 or offsets_G.shape != weights_GMN.shape[:1] or offsets_G.shape[0] == 0:
-        raise ValueError(
-            f"offsets must be int32 with one end per group of weights, at least one, got {offsets_G.dtype} "
-            f"{list(offsets_G.shape)} for weights {list(weights_GMN.shape)}: pass counts.cumsum(0, dtype=torch.int32)"
-        )
-    if not rows_RM.device == weights_GMN.device == offsets_G.device:
-        raise ValueError(
-            f"rows, weights and offsets must be on one device, got {rows_RM.device}, {weights_GMN.device} and "
-            f"{offsets_G.device}: move them"
-        )
+def _why_not(backend: str, dtype: torch.dtype, *, device_type: str, widths: Iterable[int]) -> str | None:
+    if backend == "torch":
+        return why_not_torch(dtype, device_type=device_type, widths=widths)
+    if backend != "triton":
+        return None
+    if dtype not in TRITON_DTYPES:
+        return f"the triton backend of grouped_matmul computes in {list(TRITON_DTYPES)}, got {dtype}: choose another"
+    return why_not_triton(device_type)
 
 
-def _check_offsets(ends: list[int], *, num_rows: int) -> None:
-    if ends[0] < 0 or ends[-1] != num_rows or ends != sorted(ends):
-        shown = ends if len(ends) <= 8 else [*ends[:4], "...", *ends[-3:]]
-        raise ValueError(
-            f"offsets must be the non-decreasing ends of the groups, the last one the number of rows, got "
-            f"{shown} for {num_rows} rows: sort the rows by group and pass counts.cumsum(0, dtype=torch.int32)"
-        )
+def _by_triton(rows_RM: Tensor, weights_GMN: Tensor, offsets_G: Tensor, routes: Routes) -> Tensor:
+    from kernels.grouped_matmul.kernel import forward
+
+    return forward(
+        rows_RM,
+        weights_GMN,
+        routes.gates_C,
+        offsets_G,
+        routes.row_index_C,
+        routes.output_index_C,
+        routes.num_outputs or 0,
+        routes.activation == "relu",
+        routes.gate_side == "before",
+    )
 
 
 def _as_autocast(tensor: Tensor) -> Tensor:

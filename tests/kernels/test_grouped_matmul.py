@@ -248,7 +248,10 @@ def test_the_loop_never_indexes_the_bank() -> None:
         ({"offsets": ends([-1, 3, 4])}, r"got \[-1, 2, 6\]"),
         ({"rows": normal(6, 8).bfloat16()}, r"one dtype outside autocast, got rows torch\.bfloat16 and weights .*32"),
         ({"weights": normal(3, 8, 4).to("meta")}, "on one device, got cpu, meta and cpu"),
-        ({"backend": "auto"}, "backend must be one of torch, loop, reference, got 'auto': call choose_backend once"),
+        (
+            {"backend": "auto"},
+            "backend must be one of torch, loop, reference, triton, got 'auto': call choose_backend once",
+        ),
         ({"weights": normal(3, 8, 6)}, r"multiples of 4 in torch\.float32 \(16 bytes\), got 6: pad it to 8, or choose"),
         ({"rows": normal(6, 8).double(), "weights": normal(3, 8, 4).double()}, r"got torch\.float64: choose the loop"),
     ],
@@ -273,5 +276,5 @@ def test_a_named_backend_is_kept_or_refused_with_the_reason() -> None:
         assert choose_backend(name, device="cpu", dtype=torch.float32, widths=[128]) == name
     with pytest.raises(ValueError, match=r"multiples of 8 in torch\.bfloat16 .* got 412: pad it to 416, or choose"):
         choose_backend("torch", device="cpu", dtype=torch.bfloat16, widths=[128, 412])
-    with pytest.raises(ValueError, match="one of auto, torch, loop, reference, got 'triton'"):
-        choose_backend("triton", device="cpu", dtype=torch.float32, widths=[128])
+    with pytest.raises(ValueError, match="one of auto, torch, loop, reference, triton, got 'cuda'"):
+        choose_backend("cuda", device="cpu", dtype=torch.float32, widths=[128])

@@ -137,7 +137,11 @@ def test_a_rank_of_a_column_may_hold_nothing_but_padding():
             4,
             "must divide the ranks that share it, but they are 4 and the ranks that share it 6: set parallel.table_columns to a divisor",
         ),
-        (4, 4, "must divide the width of up, but they are 4 and the width of up 6: set parallel.table_columns to a divisor"),
+        (
+            4,
+            4,
+            "must divide the width of up, but they are 4 and the width of up 6: set parallel.table_columns to a divisor",
+        ),
     ],
 )
 def test_columns_that_do_not_divide_are_refused_with_both_values(size: int, columns: int, sentence: str):

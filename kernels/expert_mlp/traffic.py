@@ -1,0 +1,172 @@
+"""The bytes that expert_mlp moves, from the shapes: what its design was chosen by, and what a benchmark divides by.
+
+Owns: the count of every launch, of what it is compared with, and of what is saved for the backward pass. Does not own: the kernels.
+Called by: benchmarks/kernels/bench_expert_mlp.py, benchmarks/kernels/compile_table.py (the table in kernels/README.md), and the tests.
+
+A launch reads and writes each element once: a row that several copies read comes from the L2 cache after its first time, as the weights
+do. (16,384 rows of D 412 in bf16 are 13 MB, an H100's L2 has 50; 32,768 of D 1024 are 67 MB, there the model is too kind.)
+Nothing stays in a cache from one launch to the next. The sorts of the routes are not counted.
+
+What was chosen by it, in MB of a forward pass in bf16, 47M (16,384 tokens, D 412, 16 experts of 128, k 4) and 262M (32,768, D 1024, 32
+experts of 128, k 4); lower bound 32 and 154:
+- Hidden activations held in the tile: 139 and 690. Written and read again: 173 and 757, so only where F is too wide for a tile; several
+  blocks of F would each write D numbers per copy.
+- Results per copy and a kernel that sums them: the 139 and 690. Programs that own 128 tokens and add up in place: 460 and 4,431, because
+  each reads the weights of nearly all groups.
+- Results per copy in the dtype of the rows: in fp32 they would be 247 and 1,227, for one of the two roundings of a sum.
+- The hidden activations made again in the backward pass: keeping them moves 20 MB more, and 1 MB less, over both passes, and holds 17 and
+  34 MB more; it saves a seventh of the multiplications of a training step. Hence a setting, off.
+"""
+
+from dataclasses import dataclass
+
+from kernels.traffic import Example
+
+FLOAT, INT, INDEX = 4, 4, 8  # gates and factors; offsets and RowCopies; the indices of a plan (int64)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """C copies of R rows that add to P output rows, L groups of D x F; itemsize: bytes of a number. Every row has a copy."""
+
+    copies: int
+    rows: int
+    outputs: int
+    groups: int
+    d_model: int
+    expert_dim: int
+    itemsize: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.rows * self.d_model * self.itemsize
+
+    @property
+    def output_bytes(self) -> int:
+        return self.outputs * self.d_model * self.itemsize
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Of up, or of down."""
+        return self.groups * self.d_model * self.expert_dim * self.itemsize
+
+    @property
+    def wide_bytes(self) -> int:
+        """Of D numbers per copy."""
+        return self.copies * self.d_model * self.itemsize
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of F numbers per copy."""
+        return self.copies * self.expert_dim * self.itemsize
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one launch."""
+
+    read: int
+    written: int
+
+    @property
+    def total(self) -> int:
+        return self.read + self.written
+
+
+def forward(shape: Shape, *, held: bool, keep_hidden: bool = False, factors: bool = False) -> dict[str, Traffic]:
+    """By launch. held: a tile holds all of F, so the hidden activations do not pass through memory."""
+    small = shape.copies * (FLOAT + INDEX) + shape.groups * INT + factors * shape.copies * shape.expert_dim * FLOAT
+    kept = keep_hidden * shape.hidden_bytes
+    sums = _sum(shape, num_rows=shape.outputs)
+    if held:
+        read = shape.row_bytes + 2 * shape.matrix_bytes + small
+        return {"forward": Traffic(read, shape.wide_bytes + kept), "sum": sums}
+    return {
+        "forward": Traffic(shape.row_bytes + shape.matrix_bytes + small, shape.hidden_bytes + kept),
+        "project": _project(shape),
+        "sum": sums,
+    }
+
+
+def backward(shape: Shape, *, held: bool, keep_hidden: bool = False, factors: bool = False) -> dict[str, Traffic]:
+    """By launch, with the gradients of rows, up, down and gates. One block of F is assumed for the gates' where not held."""
+    read = shape.output_bytes + shape.matrix_bytes + shape.copies * (FLOAT + INDEX) + shape.groups * INT
+    read += factors * shape.copies * shape.expert_dim * FLOAT
+    read += shape.hidden_bytes if keep_hidden else shape.row_bytes + shape.copies * INDEX
+    read += shape.matrix_bytes if held or not keep_hidden else 0
+    written = 2 * shape.hidden_bytes + shape.copies * FLOAT
+    launches = {"backward": Traffic(read, written + held * shape.wide_bytes)}
+    if not held:
+        launches["project"] = _project(shape)
+    launches["sum"] = _sum(shape, num_rows=shape.rows)
+    small = shape.copies * INDEX + shape.groups * INT
+    launches["up"] = Traffic(shape.row_bytes + shape.hidden_bytes + small, shape.matrix_bytes)
+    launches["down"] = Traffic(shape.output_bytes + shape.hidden_bytes + small, shape.matrix_bytes)
+    return launches
+
+
+def forward_bound(shape: Shape) -> int:
+    """What any implementation reads and writes: inputs once, results once, nothing between."""
+    small = shape.copies * (FLOAT + 2 * INDEX) + shape.groups * INT
+    return shape.row_bytes + 2 * shape.matrix_bytes + shape.output_bytes + small
+
+
+def backward_bound(shape: Shape) -> int:
+    """The same inputs and the gradient; the gradients of rows, weights and gates."""
+    return forward_bound(shape) + shape.row_bytes + 2 * shape.matrix_bytes + shape.copies * FLOAT
+
+
+def saved(shape: Shape, *, keep_hidden: bool, factors: bool = False) -> int:
+    """Bytes that wait for the backward pass: rows, gates, routes, factors, and the hidden activations if kept. Without the weights."""
+    routes = shape.copies * (2 * INDEX + INT) + (shape.groups + shape.rows) * INT
+    held = shape.row_bytes + shape.copies * FLOAT + routes + factors * shape.copies * shape.expert_dim * FLOAT
+    return held + keep_hidden * shape.hidden_bytes
+
+
+def token_major(shape: Shape, *, tile: int) -> int:
+    """The forward pass by programs that own `tile` output rows and add up in place, all their groups' weights through the L2 cache."""
+    copies_per_output = -(-shape.copies // shape.outputs)
+    groups_per_tile = min(shape.groups, tile * copies_per_output)
+    weights = -(-shape.outputs // tile) * groups_per_tile * 2 * shape.matrix_bytes // shape.groups
+    return weights + shape.row_bytes + shape.output_bytes + shape.copies * (FLOAT + INDEX)
+
+
+def flops(shape: Shape, *, backward: bool) -> int:
+    """Of the products that the definition has: what is computed again does not count."""
+    return 4 * shape.copies * shape.d_model * shape.expert_dim * (3 if backward else 1)
+
+
+def _project(shape: Shape) -> Traffic:
+    return Traffic(shape.hidden_bytes + shape.matrix_bytes + shape.groups * INT, shape.wide_bytes)
+
+
+def _sum(shape: Shape, *, num_rows: int) -> Traffic:
+    read = shape.wide_bytes + shape.copies * INT + num_rows * INT
+    return Traffic(read, num_rows * shape.d_model * shape.itemsize)
+
+
+def _examples(name: str, shape: Shape) -> list[Example]:
+    found = {
+        "forward": (forward(shape, held=True), forward_bound(shape)),
+        "forward, hidden kept": (forward(shape, held=True, keep_hidden=True), forward_bound(shape)),
+        "backward": (backward(shape, held=True), backward_bound(shape)),
+        "backward, hidden kept": (backward(shape, held=True, keep_hidden=True), backward_bound(shape)),
+    }
+    return [
+        Example(
+            shape=name,
+            part=part,
+            tokens=shape.rows,
+            read=sum(each.read for each in launches.values()),
+            written=sum(each.written for each in launches.values()),
+            bound=bound,
+        )
+        for part, (launches, bound) in found.items()
+    ]
+
+
+EXAMPLES = [
+    *_examples("47M: D 412, 16 experts of 128, K 4", Shape(65536, 16384, 16384, 16, 412, 128, 2)),
+    *_examples("262M: D 1,024, 32 experts of 128, K 4", Shape(131072, 32768, 32768, 32, 1024, 128, 2)),
+    *_examples("1B: D 1,024, 128 experts of 128, K 4", Shape(65536, 16384, 16384, 128, 1024, 128, 2)),
+]

@@ -1,0 +1,79 @@
+"""What kernels read and write in Triton's interpreter, element by element: for the byte models, and against races.
+
+The interpreter runs the programs of a launch one after the other, so that two programs which write the same element, a race
+on a GPU, go unnoticed: the second one repairs what the first did. Here they are counted.
+
+Called by: tests/kernels, inside functions that the `interpreted` fixture runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from unittest.mock import patch
+
+import numpy as np
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+
+@dataclass
+class Launch:
+    """Bytes of one launch: all that its programs asked to read, the distinct ones among them, and the same for writes."""
+
+    kernel: str
+    asked: int = 0
+    read: int = 0
+    asked_to_write: int = 0
+    written: int = 0
+    _loads: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    _stores: list[tuple[np.ndarray, int]] = field(default_factory=list)
+
+    def close(self) -> None:
+        self.asked, self.read = _sizes(self._loads)
+        self.asked_to_write, self.written = _sizes(self._stores)
+        self._loads, self._stores = [], []
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Inside, every launch adds itself to the list, in order."""
+    launches: list[Launch] = []
+    call, load, store = (
+        GridExecutor.__call__,
+        InterpreterBuilder.create_masked_load,
+        InterpreterBuilder.create_masked_store,
+    )
+
+    def launch(self, *args, **kwargs):
+        launches.append(Launch(self.fn.__name__))
+        result = call(self, *args, **kwargs)
+        launches[-1].close()
+        return result
+
+    def recorded_load(self, ptrs, mask, *rest):
+        launches[-1]._loads.append(_touched(ptrs, mask))
+        return load(self, ptrs, mask, *rest)
+
+    def recorded_store(self, ptrs, value, mask, *rest):
+        launches[-1]._stores.append(_touched(ptrs, mask))
+        return store(self, ptrs, value, mask, *rest)
+
+    with (
+        patch.object(GridExecutor, "__call__", launch),
+        patch.object(InterpreterBuilder, "create_masked_load", recorded_load),
+        patch.object(InterpreterBuilder, "create_masked_store", recorded_store),
+    ):
+        yield launches
+
+
+def _touched(ptrs, mask) -> tuple[np.ndarray, int]:
+    """The addresses that the mask lets through, and the bytes behind each."""
+    itemsize = ptrs.get_element_ty().primitive_bitwidth // 8
+    return ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)].ravel(), itemsize
+
+
+def _sizes(touched: list[tuple[np.ndarray, int]]) -> tuple[int, int]:
+    all_bytes = sum(len(addresses) * itemsize for addresses, itemsize in touched)
+    distinct = 0
+    for size in {itemsize for _, itemsize in touched}:
+        distinct += size * len(np.unique(np.concatenate([each for each, itemsize in touched if itemsize == size])))
+    return all_bytes, distinct

@@ -1,0 +1,231 @@
+"""expert_mlp as an operation: its bytes, what it saves, torch.compile, autocast, and what it refuses."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.expert_mlp import expert_mlp, traffic
+from kernels.expert_mlp.traffic import Shape
+from tests.kernels.test_expert_mlp import NAMES, Case, assert_same, by_kernel, by_reference, make_inputs
+
+Run = Callable[..., Any]
+INPUTS = ("rows", "up", "down", "gates")
+SMALL = Case([9, 1, 23, 2], 20, 24, 11, 9, factors=True)
+WIDE = Case([9, 1, 23, 2], 20, 72, 11, 9)  # F wider than a tile, in fp32
+
+
+def inputs_that_use_everything(case: Case) -> dict[str, Any]:
+    """Every row and every output has a copy."""
+    inputs = make_inputs(case)
+    copies_C = torch.arange(sum(case.sizes))
+    return inputs | {"row_index_C": copies_C % case.num_rows, "output_index_C": copies_C % case.num_outputs}
+
+
+def shape_of(case: Case) -> Shape:
+    copies, groups = sum(case.sizes), len(case.sizes)
+    return Shape(copies, case.num_rows, case.num_outputs, groups, case.d_model, case.expert_dim, itemsize=4)
+
+
+def count_bytes(inputs: dict[str, Any], keep_hidden: bool) -> list[Any]:
+    """The launches of a forward and a backward pass."""
+    from tests.kernels.memory import recorded_launches
+
+    with recorded_launches() as launches:
+        by_kernel(inputs, keep_hidden=keep_hidden)
+    return launches
+
+
+@pytest.mark.parametrize("keep_hidden", [False, True], ids=["again", "kept"])
+@pytest.mark.parametrize("case", [SMALL, WIDE], ids=["held", "F_wider_than_a_tile"])
+def test_the_byte_model_is_what_the_kernels_touch_and_nothing_is_written_twice(
+    case: Case, keep_hidden: bool, interpreted: Run
+) -> None:
+    found = interpreted(count_bytes, inputs_that_use_everything(case), keep_hidden)
+    options = {"held": case is SMALL, "keep_hidden": keep_hidden, "factors": case.factors}
+    shape = shape_of(case)
+    wanted = [*traffic.forward(shape, **options).values(), *traffic.backward(shape, **options).values()]
+    # The gates' gradient comes in two blocks of F, which are added by torch: see traffic.backward.
+    blocks = {} if case is SMALL else {"_backward_kernel": 4 * shape.copies}
+    assert [(launch.read, launch.written - blocks.get(launch.kernel, 0)) for launch in found] == [
+        (each.read, each.written) for each in wanted
+    ]
+    assert all(launch.asked_to_write == launch.written for launch in found), "no element is written by two programs"
+
+
+def bytes_saved(inputs: dict[str, Any], keep_hidden: bool) -> dict[str, int]:
+    """Bytes kept for the backward pass, and those of the hidden activations among them. Without the weights."""
+    inputs = dict(inputs)
+    inputs.pop("gradient")
+    weights = {inputs[name].data_ptr() for name in ("up", "down")}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    leaves = [inputs.pop(name).requires_grad_() for name in INPUTS]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = expert_mlp(*leaves, **inputs, backend="triton", keep_hidden=keep_hidden)
+    return {"bytes": sum(kept.values()), "outputs": len(output)}
+
+
+@pytest.mark.parametrize("keep_hidden", [False, True], ids=["again", "kept"])
+def test_only_rows_gates_and_routes_are_saved_and_the_hidden_activations_if_asked(
+    keep_hidden: bool, interpreted: Run
+) -> None:
+    found = interpreted(bytes_saved, make_inputs(SMALL), keep_hidden)
+    assert found["bytes"] == traffic.saved(shape_of(SMALL), keep_hidden=keep_hidden, factors=True)
+
+
+def test_the_megabytes_that_the_design_was_chosen_by() -> None:
+    """Closed forms in numbers per copy and per row, beside the sums over launches; and what the docstring says."""
+    for name, shape in (
+        ("47M", Shape(65536, 16384, 16384, 16, 412, 128, 2)),
+        ("262M", Shape(131072, 32768, 32768, 32, 1024, 128, 2)),
+    ):
+        c, t, d, f = shape.copies, shape.rows, shape.d_model, shape.expert_dim
+        weights = 2 * shape.groups * d * f * 2
+        wanted = {
+            "held": 2 * (2 * c * d + 2 * t * d) + weights + 16 * c + 4 * t,
+            "written": 2 * (2 * c * d + 2 * t * d + 2 * c * f) + weights + 16 * c + 4 * t,
+            "lower": 2 * 2 * t * d + weights + 20 * c,
+        }
+        found = {
+            "held": sum(each.total for each in traffic.forward(shape, held=True).values()),
+            "written": sum(each.total for each in traffic.forward(shape, held=False).values()),
+            "lower": traffic.forward_bound(shape),
+        }
+        told = {"47M": (139, 173, 32, 460, 247), "262M": (690, 757, 154, 4431, 1227)}[name]
+        assert all(abs(found[key] - wanted[key]) <= 12 * shape.groups for key in wanted), (found, wanted)
+        megabytes = [*found.values(), traffic.token_major(shape, tile=128), found["held"] + 2 * shape.wide_bytes]
+        assert tuple(round(each / 1e6) for each in megabytes) == told
+        assert all(f"{number:,}" in (traffic.__doc__ or "") for number in told)
+
+
+def compiled(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Under torch.compile with one graph, by its tracer without a code generator (which the interpreter would not survive)."""
+    rest = {key: value for key, value in inputs.items() if key not in (*INPUTS, "gradient")}
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=False)
+    def function(*leaves: Tensor) -> Tensor:
+        return expert_mlp(*leaves, **rest, backend="triton", keep_hidden=True) * 2.0
+
+    leaves = [inputs[name].requires_grad_() for name in INPUTS]
+    output = function(*leaves)
+    return dict(zip(NAMES, (output.detach(), *torch.autograd.grad(output, leaves, inputs["gradient"])), strict=True))
+
+
+def test_compile_sees_one_graph_with_the_same_result(interpreted: Run) -> None:
+    found, wanted = interpreted(compiled, make_inputs(SMALL)), by_reference(make_inputs(SMALL))
+    assert_same(found, {name: 2.0 * tensor for name, tensor in wanted.items()})
+
+
+def checked_by_torch(inputs: dict[str, Any]) -> str:
+    from kernels.expert_mlp.op import forward_op
+    from kernels.sum_copies import RowCopies
+
+    copies = RowCopies.of(inputs["output_index_C"], num_rows=inputs["num_outputs"])
+    of_rows = RowCopies.of(inputs["row_index_C"], num_rows=len(inputs["rows"]))
+    leaves = [inputs[name].requires_grad_() for name in INPUTS]
+    index = [inputs[name] for name in ("row_index_C", "output_index_C", "offsets_L", "factors_CF")]
+    arguments = (*leaves, *index, copies.order_C, copies.ends_P, of_rows.order_C, of_rows.ends_P, True)
+    return str(torch.library.opcheck(forward_op, arguments, raise_exception=False))
+
+
+def test_torch_finds_nothing_wrong_with_the_operation(interpreted: Run) -> None:
+    found = interpreted(checked_by_torch, make_inputs(SMALL))
+    assert found.count("'SUCCESS'") == 4, found
+
+
+def under_autocast(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    with torch.autocast("cpu", torch.float16):
+        return by_kernel(inputs)
+
+
+def test_autocast_computes_in_its_dtype_with_fp32_gradients_at_fp32_leaves(interpreted: Run) -> None:
+    inputs = make_inputs(SMALL)
+    found = interpreted(under_autocast, inputs | {"gradient": inputs["gradient"].half()})
+    assert found["output"].dtype == torch.float16
+    assert all(found[name].dtype == torch.float32 for name in INPUTS)
+    assert_same(found, by_reference(inputs), tolerance=5e-3)
+
+
+def asked_for(inputs: dict[str, Any], name: str) -> dict[str, Tensor]:
+    rest = {key: value for key, value in inputs.items() if key not in (*INPUTS, "gradient")}
+    leaves = [inputs[each].requires_grad_(each == name) for each in INPUTS]
+    output = expert_mlp(*leaves, **rest, backend="triton")
+    (found,) = torch.autograd.grad(output, [inputs[name]], inputs["gradient"])
+    return {name: found}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_one_gradient_alone_is_the_same(name: str, interpreted: Run) -> None:
+    inputs = make_inputs(SMALL)
+    found, wanted = interpreted(asked_for, inputs, name)[name], by_reference(inputs)[name]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def with_one_index(inputs: dict[str, Any], prepared: bool) -> dict[str, Tensor]:
+    from kernels.sum_copies import RowCopies
+
+    index_C = inputs["row_index_C"]
+    sizes = {"output_copies": inputs["num_outputs"], "row_copies": len(inputs["rows"])}
+    copies = {name: RowCopies.of(index_C, num_rows=size) for name, size in sizes.items()} if prepared else {}
+    return by_kernel(inputs | {"output_index_C": index_C}, **copies)
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["sorted_here", "sorted_before"])
+@pytest.mark.parametrize("num_rows", [9, 11])
+def test_one_index_for_rows_and_outputs_of_equal_or_other_number(
+    num_rows: int, prepared: bool, interpreted: Run
+) -> None:
+    inputs = make_inputs(Case([9, 1, 23, 2], 20, 24, num_rows, 9))
+    inputs["row_index_C"] %= 9
+    wanted = by_reference(inputs | {"output_index_C": inputs["row_index_C"]})
+    assert_same(interpreted(with_one_index, inputs, prepared), wanted)
+
+
+BAD = [
+    ({"rows": torch.ones(11, 21)}, r"must agree, .* got rows \[11, 21\], up \[4, 20, 24\] and down \[4, 24, 20\]"),
+    ({"down": torch.ones(4, 20, 24)}, r"down \[4, 20, 24\]: transpose or reshape"),
+    ({"up": torch.ones(4, 20, 24).half()}, "one dtype outside autocast, got torch.float32, torch.float16"),
+    ({"up": torch.ones(4, 20, 24, device="meta")}, "on one device, got cpu, meta and cpu"),
+    ({"gates": torch.ones(35).half()}, r"gates must be \[35\] of torch.float32 on cpu .* got \[35\] of torch.float16"),
+    ({"row_index_C": torch.ones(34, dtype=torch.int64)}, r"row_index must be \[35\] of torch.int32 or .* got \[34\]"),
+    ({"output_index_C": torch.ones(35)}, r"output_index must be \[35\] of torch.int32 or torch.int64"),
+    ({"offsets_L": torch.tensor([9, 10, 33, 35])}, r"offsets must be \[4\] of torch.int32 .* torch.int64"),
+    ({"factors_CF": torch.ones(35, 23)}, r"factors must be \[35, 24\]"),
+    ({"factors_CF": torch.ones(35, 24).requires_grad_()}, "factors get no gradient"),
+    ({"offsets_L": torch.tensor([9, 8, 33, 35], dtype=torch.int32)}, r"non-decreasing .* got \[9, 8, 33, 35\] for 35"),
+    ({"row_index_C": torch.full((35,), 11)}, r"row_index must be in \[0, 11\), got 11 to 11"),
+    ({"output_index_C": torch.full((35,), -1)}, r"output_index must be in \[0, 9\), got -1 to -1"),
+    ({"backend": "cuda"}, "backend of expert_mlp must be one of triton, reference, got 'cuda'"),
+    ({"backend": "triton"}, "the triton backend computes on a GPU, got tensors on cpu"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_input_is_one_sentence_with_the_remedy(change: dict[str, Any], message: str) -> None:
+    call: dict[str, Any] = make_inputs(SMALL) | {"backend": "reference"} | change
+    call.pop("gradient")
+    leaves = [call.pop(name) for name in INPUTS]
+    with pytest.raises(ValueError, match=message):
+        expert_mlp(*leaves, **call)
+
+
+def refused(inputs: dict[str, Any]) -> str:
+    try:
+        by_kernel(inputs)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_float64_is_refused_by_the_kernel_and_served_by_the_reference(interpreted: Run) -> None:
+    inputs = make_inputs(SMALL, torch.float64)
+    assert "got torch.float64: cast the rows" in interpreted(refused, inputs)
+    assert by_reference(inputs)["output"].dtype == torch.float64
