@@ -97,8 +97,8 @@ class ModelConfig(Section):
     )
     dropout: Probability = Field(0.0, description="residual, embedding, final-state and dense hidden dropout")
     recompute: bool = Field(False, description="recompute each layer's activations in the backward pass")
-    expert_backend: Literal["auto", "torch", "loop", "reference"] = Field(
-        "auto", description="how grouped_matmul computes"
+    expert_backend: Literal["auto", "torch", "loop", "reference", "triton"] = Field(
+        "auto", description="how experts compute; triton, on a GPU, by name only"
     )
 
     @field_validator("mixers", "feedforwards")

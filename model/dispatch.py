@@ -25,9 +25,9 @@ class Routing:
     """N routings of K choices each. Routing n reads source row `source_row_N[n]` and adds its K gated results to `output_row_N[n]`.
 
     gates_NK float32, differentiable; None where `combine` is given them. expert_ids_NK int64, global group ids of `bank`, in [0, G).
-    source_row_N and output_row_N ascend (else rows travel more than once); they are one tensor where the two spaces are one. num_rows
-    and num_outputs: sizes of the row space and of the output space on this rank. hashes_N: int64, reach the owner with every copy. V reads the token and writes
-    (token, head), O the reverse, an MLP token to token.
+    source_row_N and output_row_N ascend (else rows travel more than once); they are one tensor where the two spaces are one.
+    num_rows and num_outputs: sizes of the row space and of the output space on this rank. hashes_N: int64, reach the owner with every
+    copy. V reads the token and writes (token, head), O the reverse, an MLP token to token.
     """
 
     gates_NK: Tensor | None

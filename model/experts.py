@@ -1,8 +1,8 @@
 """What routed rows go through at the owner of their experts: gather, grouped_matmul, gate, sum per output row.
 
 Called by switchhead.py and sigma_moe.py between dispatch and combine. The gate is applied on the narrow side of the matmul, where it
-is cheapest, and the copies of one output row are summed here, before anything travels back. Later fused kernels replace these
-functions one by one; their names and arguments stay.
+is cheapest, and the copies of one output row are summed here, before anything travels back. With the backend "triton" each function is
+one call of a kernel.
 
 Shape letters: R received rows, C routed copies held here, L local groups, F expert width, P output rows, X and Y any widths.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.expert_mlp import expert_mlp
 from kernels.grouped_matmul import grouped_matmul
 from model.context import hash_with, keep_channels
 from model.dispatch import LocalPlan
@@ -19,6 +20,8 @@ from model.dispatch import LocalPlan
 
 def project_then_gate(rows_RX: Tensor, weight_LXY: Tensor, plan: LocalPlan, *, backend: str) -> Tensor:
     """sum over copies of gate * (row @ W[group]), gate after the matmul: for Y < X (SwitchHead's values). Gives (P, Y)."""
+    if backend == "triton":
+        return _by_kernel(rows_RX, weight_LXY, plan, gate_side="after")
     copies_CX = _copies(rows_RX, plan)
     projected_CY = grouped_matmul(copies_CX, weight_LXY, offsets_G=plan.offsets_L, backend=backend)
     return _sum_per_output(projected_CY * plan.gates_C[:, None], plan, dtype=projected_CY.dtype)
@@ -26,6 +29,8 @@ def project_then_gate(rows_RX: Tensor, weight_LXY: Tensor, plan: LocalPlan, *, b
 
 def gate_then_project(rows_RX: Tensor, weight_LXY: Tensor, plan: LocalPlan, *, backend: str) -> Tensor:
     """sum over copies of (gate * row) @ W[group], gate before the matmul: for X < Y (SwitchHead's outputs). Gives (P, Y)."""
+    if backend == "triton":
+        return _by_kernel(rows_RX, weight_LXY, plan, gate_side="before")
     copies_CX = _copies(rows_RX, plan)
     gated_CX = (copies_CX * plan.gates_C[:, None]).to(copies_CX.dtype)
     projected_CY = grouped_matmul(gated_CX, weight_LXY, offsets_G=plan.offsets_L, backend=backend)
@@ -45,6 +50,12 @@ def gated_mlp(
 
     factors_CF: of the hidden activations, see `hidden_factors`.
     """
+    if backend == "triton":
+        routes = {"row_index_C": plan.row_index_C, "output_index_C": plan.output_index_C}
+        sizes = {"offsets_L": plan.offsets_L, "num_outputs": plan.num_outputs}
+        return expert_mlp(
+            rows_RD, up_LDF, down_LFD, plan.gates_C, **routes, **sizes, factors_CF=factors_CF, backend=backend
+        )
     copies_CD = _copies(rows_RD, plan)
     hidden_CF = grouped_matmul(copies_CD, up_LDF, offsets_G=plan.offsets_L, backend=backend).relu()
     gated_CF = hidden_CF * plan.gates_C[:, None]
@@ -65,6 +76,21 @@ def hidden_factors(plan: LocalPlan, *, channels: int, probability: float) -> Ten
     groups_C = plan.first_group + torch.searchsorted(plan.offsets_L, copies_C, right=True)
     hashes_C = hash_with(plan.hashes_C, groups_C)
     return keep_channels(hashes_C, channels, probability=probability).float() / (1.0 - probability)
+
+
+def _by_kernel(rows_RX: Tensor, weight_LXY: Tensor, plan: LocalPlan, *, gate_side: str) -> Tensor:
+    """Gather, product, gate and sum in the kernels of grouped_matmul."""
+    return grouped_matmul(
+        rows_RX,
+        weight_LXY,
+        offsets_G=plan.offsets_L,
+        backend="triton",
+        row_index_C=plan.row_index_C,
+        gates_C=plan.gates_C,
+        gate_side=gate_side,
+        output_index_C=plan.output_index_C,
+        num_outputs=plan.num_outputs,
+    )
 
 
 def _copies(rows_RX: Tensor, plan: LocalPlan) -> Tensor:
