@@ -7,14 +7,17 @@ the reverse; both are planned together.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from model.dispatch import LocalPlan, Routing
 from model.parameters import ExpertBank
 from parallel.expert import AllToAllDispatcher
-from parallel.mesh import Mesh
+from parallel.ledger import Ledger
+from parallel.peers import peers_of
 from tests.parallel.two_steps import open_world
 
 ROUTINGS = ["random", "one_expert", "one_rank", "none_to_last_rank", "ties"]
@@ -122,15 +125,31 @@ def _slice(weight: torch.Tensor, bank: ExpertBank) -> torch.Tensor:
     return padded[bank.first_group : bank.first_group + bank.num_local].clone()
 
 
+@dataclass(frozen=True)
+class Place:
+    """What a test asks of a mesh."""
+
+    rank: int
+    ep_rank: int
+    ledger: Ledger
+
+
 @contextmanager
-def dispatcher_of(layout: Layout) -> Iterator[tuple[Mesh, AllToAllDispatcher]]:
-    """The dispatcher of this rank of a pool; weights travel by its `gathered`, which the test fills."""
+def dispatcher_of(layout: Layout) -> Iterator[tuple[Place, AllToAllDispatcher]]:
+    """The dispatcher of this rank of a pool; weights travel by its `gathered`, which the test fills.
+
+    One expert group of all ranks on one node needs no group but the pool's own: opening a mesh costs 0.3 s.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    make = partial(AllToAllDispatcher, layer="test", chunks=layout.chunks, overlap=layout.overlap)
+    if layout.ep_size == size and layout.node_size is None:
+        assert dist.group.WORLD is not None
+        peers = peers_of(dist.group.WORLD, node_size=size, ledger=Ledger())
+        yield Place(rank, rank, peers.ledger), make(peers)
+        return
     with open_world(layout.ep_size, node_size=layout.node_size) as mesh:
         levels = () if mesh.rail is None or mesh.node is None else (mesh.rail, mesh.node)
-        yield (
-            mesh,
-            AllToAllDispatcher(mesh.experts, layer="test", levels=levels, chunks=layout.chunks, overlap=layout.overlap),
-        )
+        yield Place(mesh.rank, mesh.ep_rank, mesh.ledger), make(mesh.experts, levels=levels)
 
 
 def by_dispatcher(
