@@ -171,6 +171,11 @@ def copies_of(routing: Routing, *, num_groups: int) -> Copies:
     )
 
 
+def in_order_of_coming(found_C: Tensor, order_C: Tensor) -> Tensor:
+    """What was found for the copies of a plan, as they came; order_C of `Copies.sort`. Differentiable."""
+    return torch.zeros_like(found_C).index_put((order_C,), found_C)
+
+
 @dataclass(frozen=True)
 class LocalExchange:
     """A routing whose experts are all here: its plan, and the order of the plan's copies among those of the routing."""
@@ -192,9 +197,8 @@ class LocalArriving:
     rows: Tensor
 
     def reply(self, compute: Compute) -> Tensor:
-        found_C = compute(self.rows, self.exchange.plan)
-        order_C = self.exchange.order_C
-        return torch.zeros_like(found_C).index_put((order_C,), found_C).view_as(self.exchange.routing.expert_ids_NK)
+        found_C = in_order_of_coming(compute(self.rows, self.exchange.plan), self.exchange.order_C)
+        return found_C.view_as(self.exchange.routing.expert_ids_NK)
 
     def combine(self, compute: Compute, gates_NK: Tensor | None) -> Tensor:
         gates_NK = self.exchange.routing.gates_NK if gates_NK is None else gates_NK

@@ -26,6 +26,7 @@ from model.dispatch import (
     Ready,
     Routing,
     Then,
+    in_order_of_coming,
 )
 from model.parameters import ExpertBank
 from parallel.carry import Carry, Homeward, Outward
@@ -146,8 +147,8 @@ class AllToAllDispatcher:
         exchange, where = arriving.exchange, Where(self.layer, label, "reply")
         home = Homeward(exchange.carries("copies"), where=where, overlap=self.overlap)
         for part, (plan, order_C) in enumerate(exchange.plans):
-            found_C = compute(arriving.rows_of(part), plan)
-            home.start(torch.zeros_like(found_C).index_put((order_C,), found_C)[:, None])
+            found_C = in_order_of_coming(compute(arriving.rows_of(part), plan), order_C)
+            home.start(found_C[:, None])
         return Then(home, partial(torch.reshape, shape=exchange.routing.expert_ids_NK.shape))
 
     def combine(

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.carry import Flight
 from parallel.ledger import Where
 from parallel.peers import Peers
 
@@ -22,31 +23,23 @@ class _Box:
     peers: Peers
     where: Where
     overlap: bool
-    received: Tensor | None = None
-    sent: Tensor | None = None
-    work: Any = None
+    flight: Flight | None = None
 
     def launch(self, sent: Tensor, *, num_rows: int, backward: bool) -> None:
-        where = replace(self.where, backward=backward)
-        num_bytes = sent.numel() * sent.element_size()
-        self.sent, self.received = sent, sent.new_empty(num_rows, *sent.shape[1:])
+        peers, where = self.peers, replace(self.where, backward=backward)
+        num_bytes, received = sent.numel() * sent.element_size(), sent.new_empty(num_rows, *sent.shape[1:])
+        exchange, sizes = dist.all_gather_into_tensor, peers.all_gather(num_bytes * peers.size)
         if backward:
-            exchange, sizes = (
-                dist.all_to_all_single,
-                self.peers.to_each([num_bytes // self.peers.size] * self.peers.size),
-            )
-        else:
-            exchange, sizes = dist.all_gather_into_tensor, self.peers.all_gather(num_bytes * self.peers.size)
-        with self.peers.ledger.collective(where, sizes):
-            self.work = exchange(self.received, sent, group=self.peers.group, async_op=True)
-            if not self.overlap:
-                self.work.wait()
+            exchange, sizes = dist.all_to_all_single, peers.to_each([num_bytes // peers.size] * peers.size)
+        with peers.ledger.collective(where, sizes), torch.profiler.record_function(f"{where.verb}/{where.label}"):
+            work = exchange(received, sent, group=peers.group, async_op=True)
+        self.flight = Flight(received, sent, work, peers, where)
+        if not self.overlap:
+            self.flight.land()
 
-    def land(self, *, backward: bool) -> Tensor:
-        assert self.received is not None
-        with self.peers.ledger.waiting(replace(self.where, backward=backward)):
-            self.work.wait()
-        received, self.received, self.sent, self.work = self.received, None, None, None
+    def land(self) -> Tensor:
+        assert self.flight is not None
+        received, self.flight = self.flight.land(), None
         return received
 
 
@@ -59,7 +52,7 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None]:
-        parts = ctx.box.land(backward=True).chunk(ctx.box.peers.size)
+        parts = ctx.box.land().chunk(ctx.box.peers.size)
         total = parts[0].to(torch.promote_types(ctx.dtype, torch.float32))
         for part in parts[1:]:
             total = total + part
@@ -70,7 +63,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, started: Tensor, box: _Box) -> Tensor:
         ctx.box = box
-        return box.land(backward=False)
+        return box.land()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

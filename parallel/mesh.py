@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from parallel.config import ProcessInfo
+from parallel.config import ProcessInfo, check_nodes
 from parallel.ledger import Ledger, Traffic, Where
 from parallel.peers import Peers, peers_of
 from parallel.traffic import exchange_record
@@ -150,7 +150,7 @@ def open_mesh(
         ValueError: ep_size is above node_size and not a multiple of it.
     """
     node_size = node_size or info.world_size
-    _check_nodes(ep_size, node_size)
+    check_nodes(ep_size=ep_size, node_size=node_size)
     owns_process_group = not dist.is_initialized()
     if owns_process_group:
         place = {"RANK": info.rank, "WORLD_SIZE": info.world_size, "LOCAL_RANK": info.local_rank}
@@ -190,14 +190,6 @@ def open_mesh(
     finally:
         if owns_process_group:
             dist.destroy_process_group()
-
-
-def _check_nodes(ep_size: int, node_size: int) -> None:
-    if ep_size > node_size and ep_size % node_size:
-        raise ValueError(
-            f"an expert group over several nodes must fill them: parallel.ep_size must be a multiple of node_size, but ep_size is "
-            f"{ep_size} and node_size is {node_size}: set parallel.ep_size to at most {node_size} or to a multiple of it"
-        )
 
 
 @contextlib.contextmanager

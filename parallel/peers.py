@@ -26,10 +26,6 @@ class Peers:
         """Sent by a rank in an all-reduce of `num_bytes`: 2 (P - 1) / P of them (a reduce-scatter, then an all-gather)."""
         return self._to_next(2 * (self.size - 1) * num_bytes // self.size)
 
-    def reduce_scatter(self, num_bytes: int) -> Sent:
-        """`num_bytes`: what each rank puts in; it keeps a P-th of the sum. (P - 1) / P of them are sent."""
-        return self._to_next((self.size - 1) * num_bytes // self.size)
-
     def all_gather(self, num_bytes: int) -> Sent:
         """`num_bytes`: what each rank has in the end; it puts in a P-th. (P - 1) / P of them are sent."""
         return self._to_next((self.size - 1) * num_bytes // self.size)

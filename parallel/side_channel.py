@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 from torch._C._distributed_c10d import PrefixStore, Store
 
-PERIOD_S = (
-    1.0  # between two entries of a rank: one set, one check and one get, so 3 requests a second and rank at the store
-)
+# Between two entries of a rank: one set, one check and one get, so 3 requests a second and rank at the store.
+PERIOD_S = 1.0
 SILENT_S = 4.0  # without a new entry in this time a rank is taken for dead: four periods
 
 
@@ -134,10 +133,8 @@ class SideChannel:
                 self._last_reply = time.monotonic()
                 self._wake.wait(PERIOD_S)
                 self._wake.clear()
-        except (
-            Exception
-        ):  # whatever is wrong with the connection, it does not come back: the rank goes on alone (is_lost)
-            self._broken = True
+        except Exception:
+            self._broken = True  # whatever is wrong with the connection, it does not come back: the rank goes on alone
 
     def _publish(self) -> None:
         self._beat += 1

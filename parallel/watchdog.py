@@ -27,9 +27,8 @@ from parallel.mesh import Mesh
 from parallel.side_channel import SILENT_S, End, Entry, SideChannel
 
 LEAVE_S = 5.0  # how long a rank that ends waits for the others to have written their stacks, or heard its sentence
-BREAK_S = (
-    30.0  # after another rank's error, how long a wait may go on: gloo breaks it when that rank has ended, NCCL may not
-)
+# After another rank's error, how long a wait may go on: gloo breaks it when that rank has ended, NCCL may not.
+BREAK_S = 30.0
 SHOWN = 8  # missing ranks that a sentence names one by one
 
 

@@ -12,7 +12,8 @@ from model.transformer import Transformer
 from parallel.expert import AllToAllDispatcher
 from parallel.parallelize import parallelize
 from parallel.statistics import AllRankStatistics
-from tests.parallel.two_steps import MODEL, VOCABULARY, Case, Piece, assemble, exchanges_of, open_world
+from tests.parallel.pieces import Piece, assemble
+from tests.parallel.two_steps import MODEL, VOCABULARY, Case, exchanges_of, open_world
 
 
 def drawn(ep_size: int) -> list[Piece]:

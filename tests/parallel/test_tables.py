@@ -14,8 +14,9 @@ from model.section import Place
 from parallel.expert import AllToAllDispatcher
 from parallel.parallelize import parallelize
 from parallel.volume import BankExchange
+from tests.parallel.pieces import Piece, assemble
 from tests.parallel.test_zero import train_one
-from tests.parallel.two_steps import Case, Piece, assemble, open_engine, open_world
+from tests.parallel.two_steps import Case, open_engine, open_world
 from train import checkpoint
 
 D, LENGTH, SEQUENCES = 6, 4, [3, 0, 5, 1]  # one rank has no rows

@@ -11,7 +11,8 @@ import torch
 
 from model.fragments import Fragment
 from parallel.zero import ZeroEngine, _deepspeed_config
-from tests.parallel.two_steps import Case, Piece, assemble, open_engine, optim_config, rows
+from tests.parallel.pieces import Piece, assemble
+from tests.parallel.two_steps import Case, open_engine, optim_config, rows
 from train.step import StepSettings, train_step
 
 LAYOUTS = [(2, 1), (2, 2), (4, 2), (4, 4)]

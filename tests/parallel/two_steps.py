@@ -4,8 +4,7 @@ Used by test_same_as_one_process.py on the reference process and on the workers 
 """
 
 import contextlib
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,11 +15,12 @@ from data.loader import Batch
 from model.config import ModelConfig
 from model.loss import IGNORED
 from model.memory import StreamMemory
-from model.parameters import Box, logical_parameters, materialize
+from model.parameters import logical_parameters, materialize
 from model.router import Router
 from model.transformer import Transformer
 from parallel.config import ProcessInfo
 from parallel.volume import BankExchange, ExpertGroup, choose_exchange
+from tests.parallel.pieces import Piece, assemble
 from train.config import OptimConfig
 from train.engine import LocalMesh, PlainEngine
 from train.optimizer import build_optimizer, parameter_groups
@@ -79,24 +79,6 @@ class Case:
         for key, value in changes.items():
             values[key] = values[key] | value if isinstance(value, dict) and values[key] else value
         return replace(self, model=ModelConfig.model_validate(values))
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A range of a logical tensor, or of the flat box of it, that one rank holds."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    values: np.ndarray
-    box: Box | None = None
-
-    def elements(self) -> np.ndarray:
-        """The flat indices of its values in the logical tensor."""
-        every = np.arange(math.prod(self.shape)).reshape(self.shape)
-        if self.box is not None:
-            every = every[tuple(slice(first, end) for first, end in self.box)]
-        return every.flatten()[self.start : self.start + self.values.size]
 
 
 @dataclass(frozen=True)
@@ -293,20 +275,6 @@ def _gradients(model: Transformer, gradient: Any) -> list[Piece]:
         flat = value.detach().float().flatten()[: parameter.numel].numpy().copy()
         pieces.append(Piece(parameter.name, parameter.spec.shape, parameter.start, flat, parameter.box))
     return pieces
-
-
-def assemble(pieces: Iterable[Piece]) -> dict[str, np.ndarray]:
-    """Flat logical tensors from the pieces of all ranks; where two ranks hold the same element they must agree exactly."""
-    whole: dict[str, np.ndarray] = {}
-    for piece in pieces:
-        target = whole.setdefault(piece.name, np.full(math.prod(piece.shape), np.nan, dtype=np.float32))
-        before = target[piece.elements()]
-        held = ~np.isnan(before)
-        np.testing.assert_array_equal(before[held], piece.values[held], err_msg=f"replicas of {piece.name} differ")
-        target[piece.elements()] = piece.values
-    for name, values in whole.items():
-        assert not np.isnan(values).any(), f"no rank holds a part of {name}"
-    return whole
 
 
 def gradients_of(seen: list[Seen], *, step: int) -> dict[str, np.ndarray]:
