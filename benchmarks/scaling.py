@@ -14,8 +14,6 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
-import torch
-
 from parallel.config import ProcessInfo
 from parallel.predict import Hardware, Seconds
 from train.build import build_model
@@ -55,7 +53,7 @@ def points(
     """The prediction for each number of GPUs, in nodes of 8. micro_steps: of a step, each as the config has them; None: as many too."""
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
-    model = build_model(config, vocab_size=vocab_size, device=torch.device("cpu"))
+    model = build_model(config, vocab_size=vocab_size)
     steps = micro_steps or config.optim.accumulation_steps
     rows = config.data.global_batch_size // CONFIGURED_FOR // config.optim.accumulation_steps * steps
     optim = config.optim.model_copy(update={"accumulation_steps": steps})

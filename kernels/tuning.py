@@ -1,10 +1,12 @@
-"""The fastest of a few configurations of a kernel, measured once for each class of sizes.
+"""The fastest of a few configurations of a kernel, measured once for each class of sizes, and kept.
 
-Owns: the measurement and its cache. Does not own: the configurations (each kernel.py).
-Called by: the launching functions of kernel.py.
+Owns: the measurement, what was decided, and when a clock may decide at all. Does not own: the configurations (each kernel.py), where
+decisions are kept between runs (train/backends.py).
+Called by: the launching functions of kernel.py; train/backends.py.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
@@ -13,7 +15,8 @@ from kernels.availability import interpreted
 
 Config = TypeVar("Config")
 MAX_CONFIGS = 4  # each one is compiled and timed at its first use: about half a second
-_BEST: dict[Hashable, object] = {}
+_decided: dict[str, int] = {}  # by device, kernel and sizes: the number of the configuration
+_measuring = False
 
 
 def fastest(
@@ -21,23 +24,47 @@ def fastest(
 ) -> Config:
     """The configuration whose `launch` takes the least time on this device; the first one where none can be measured.
 
-    key: the kernel and its sizes, rounded by `rounded`: a new sequence length must not measure again. Launching twice
-    must be harmless. Nothing is measured without a GPU, while a CUDA graph is recorded, and under
-    torch.use_deterministic_algorithms: a clock would decide in which order a kernel adds.
+    key: the kernel and its sizes, rounded by `rounded`: a new sequence length must not measure again. Launching twice must be harmless.
+    Nothing is measured without a GPU, while a CUDA graph is recorded, and under torch.use_deterministic_algorithms outside `measuring`:
+    a clock would decide in which order a kernel adds, in the middle of a run that is to be repeated. What was decided before holds.
     """
     if len(configs) > MAX_CONFIGS:
         raise ValueError(f"a kernel may have {MAX_CONFIGS} configurations, got {len(configs)}: leave some out")
-    if device.type != "cuda" or interpreted() or torch.are_deterministic_algorithms_enabled():
+    if device.type != "cuda" or interpreted():
         return configs[0]
-    full_key = (key, torch.cuda.get_device_name(device))
-    if full_key not in _BEST:
-        if torch.cuda.is_current_stream_capturing():
-            return configs[0]
-        from triton.testing import do_bench
+    name = f"{torch.cuda.get_device_name(device)}: {key}"
+    if name in _decided and _decided[name] < len(configs):
+        return configs[_decided[name]]
+    must_repeat = torch.are_deterministic_algorithms_enabled() and not _measuring
+    if must_repeat or torch.cuda.is_current_stream_capturing():
+        return configs[0]
+    from triton.testing import do_bench
 
-        times = [cast(float, do_bench(lambda config=config: launch(config), warmup=5, rep=20)) for config in configs]
-        _BEST[full_key] = configs[times.index(min(times))]
-    return _BEST[full_key]  # type: ignore[return-value]
+    times = [cast(float, do_bench(lambda config=config: launch(config), warmup=5, rep=20)) for config in configs]
+    _decided[name] = times.index(min(times))
+    return configs[_decided[name]]
+
+
+@contextmanager
+def measuring() -> Iterator[None]:
+    """Inside, configurations are measured also where results must repeat: before a run's first step."""
+    global _measuring
+    before, _measuring = _measuring, True
+    try:
+        yield
+    finally:
+        _measuring = before
+
+
+def decisions() -> dict[str, int]:
+    """What was decided so far, to be kept; JSON takes it."""
+    return dict(_decided)
+
+
+def decide(kept: Mapping[str, int]) -> None:
+    """Takes decisions of another process, or of an earlier one, in the place of all that were made here."""
+    _decided.clear()
+    _decided.update(kept)
 
 
 def rounded(size: int) -> int:

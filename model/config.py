@@ -97,8 +97,9 @@ class ModelConfig(Section):
     )
     dropout: Probability = Field(0.0, description="residual, embedding, final-state and dense hidden dropout")
     recompute: bool = Field(False, description="recompute each layer's activations in the backward pass")
-    expert_backend: Literal["auto", "torch", "loop", "reference", "triton"] = Field(
-        "auto", description="how experts compute; triton, on a GPU, by name only"
+    expert_backend: Literal["auto", "torch", "loop", "reference", "triton", "triton_dense"] = Field(
+        "auto",
+        description="how experts compute; auto: the fastest, measured before the first step; triton_dense: SwitchHead's by all of a head",
     )
 
     @field_validator("mixers", "feedforwards")

@@ -17,6 +17,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from kernels.sort_routes import SortedRoutes, sort_routes
+from kernels.sum_copies import RowCopies
 from model.parameters import ExpertBank
 
 
@@ -25,7 +27,7 @@ class Routing:
     """N routings of K choices each. Routing n reads source row `source_row_N[n]` and adds its K gated results to `output_row_N[n]`.
 
     gates_NK float32, differentiable; None where `combine` is given them. expert_ids_NK int64, global group ids of `bank`, in [0, G).
-    source_row_N and output_row_N ascend (else rows travel more than once); they are one tensor where the two spaces are one.
+    source_row_N and output_row_N ascend; they are one tensor where the two spaces are one.
     num_rows and num_outputs: sizes of the row space and of the output space on this rank. hashes_N: int64, reach the owner with every
     copy. V reads the token and writes (token, head), O the reverse, an MLP token to token.
     """
@@ -41,12 +43,60 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Routed copies in the order in which they came: group_C of the `num_groups` held here from global group `first_group` on, row and
+    output row of each (both ascend), their hashes.
+    """
+
+    group_C: Tensor
+    row_C: Tensor
+    output_C: Tensor
+    hashes_C: Tensor | None
+    num_groups: int
+    num_outputs: int
+    first_group: int = 0
+
+    def sort(self) -> "LocalPlan":
+        """The plan, with gates of ones."""
+        routes = sort_routes(self.group_C, num_groups=self.num_groups)
+        row_index_C = self.row_C[routes.order_C]
+        return LocalPlan(
+            row_index_C=row_index_C,
+            output_index_C=row_index_C if self.output_C is self.row_C else self.output_C[routes.order_C],
+            gates_C=torch.ones(len(row_index_C), device=row_index_C.device),
+            offsets_L=routes.offsets_G,
+            num_outputs=self.num_outputs,
+            hashes_C=None if self.hashes_C is None else self.hashes_C[routes.order_C],
+            first_group=self.first_group,
+            sorting=Sorting(self, routes),
+        )
+
+
+@dataclass(frozen=True)
+class Sorting:
+    """What a plan was sorted from, and how."""
+
+    came: Copies
+    routes: SortedRoutes
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The choices of a routing whose experts are all here, as the layer made them; see Routing. num_groups: without padding."""
+
+    gates_NK: Tensor
+    expert_ids_NK: Tensor
+    num_groups: int
+
+
+@dataclass(frozen=True)
 class LocalPlan:
     """The routed copies whose experts live here, sorted by local group.
 
     row_index_C: the received row that a copy reads. output_index_C: the output row it adds to. gates_C: float32, differentiable; ones
     before they are known. offsets_L: int32, the end of each group's range of copies. num_outputs: output rows to produce. hashes_C:
-    the routing's, where it has any. first_group: the global id of the first group here.
+    the routing's, where it has any. first_group: the global id of the first group here. whole: the routing's choices, where none of
+    its copies is elsewhere.
     """
 
     row_index_C: Tensor
@@ -56,6 +106,48 @@ class LocalPlan:
     num_outputs: int
     hashes_C: Tensor | None = None
     first_group: int = 0
+    sorting: Sorting | None = None
+    whole: Whole | None = None
+
+    def with_gates(self, gates_C: Tensor) -> "LocalPlan":
+        """The plan with the gates of its copies; gates_C (C,) in the order in which the copies came. Differentiable."""
+        assert self.sorting is not None
+        return replace(self, gates_C=_permuted(gates_C, self.sorting.routes.order_C, self.sorting.routes.inverse_C))
+
+    def as_they_came(self, found_C: Tensor) -> Tensor:
+        """What was found for the copies of the plan, in the order in which they came. Differentiable."""
+        assert self.sorting is not None
+        return _permuted(found_C, self.sorting.routes.inverse_C, self.sorting.routes.order_C)
+
+    def output_copies(self) -> RowCopies | None:
+        """The copies of each output row, for kernels that sum them: no sort, because copies came in the order of their output rows."""
+        return None if self.sorting is None else self._copies_of(self.sorting.came.output_C, self.num_outputs)
+
+    def row_copies(self, num_rows: int) -> RowCopies | None:
+        """The copies of each of the received rows."""
+        return None if self.sorting is None else self._copies_of(self.sorting.came.row_C, num_rows)
+
+    def _copies_of(self, ascending_C: Tensor, num_rows: int) -> RowCopies:
+        assert self.sorting is not None
+        return RowCopies(self.sorting.routes.inverse_C, group_ends(ascending_C, num_rows))
+
+
+def _permuted(values_C: Tensor, order_C: Tensor, inverse_C: Tensor) -> Tensor:
+    return _Permuted.apply(values_C, order_C, inverse_C)
+
+
+class _Permuted(torch.autograd.Function):
+    """values_C[order_C], whose backward pass reads through the inverse: torch's own would add, on a GPU after another sort."""
+
+    @staticmethod
+    def forward(ctx: Any, values_C: Tensor, order_C: Tensor, inverse_C: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_C)
+        return values_C.index_select(0, order_C)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_C: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_C,) = ctx.saved_tensors
+        return gradient_C.index_select(0, inverse_C), None, None
 
 
 Compute = Callable[[Tensor, LocalPlan], Tensor]
@@ -129,64 +221,31 @@ class Dispatcher(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Copies:
-    """Routed copies in the order in which they came: group_C of the `num_groups` held here from global group `first_group` on, row and
-    output row of each, their hashes.
-    """
-
-    group_C: Tensor
-    row_C: Tensor
-    output_C: Tensor
-    hashes_C: Tensor | None
-    num_groups: int
-    num_outputs: int
-    first_group: int = 0
-
-    def sort(self) -> tuple[LocalPlan, Tensor]:
-        """The plan, with gates of ones, and order_C: copy c of the plan is copy order_C[c] in the order of coming."""
-        groups_C, order_C = self.group_C.sort(stable=True)
-        plan = LocalPlan(
-            row_index_C=self.row_C[order_C],
-            output_index_C=self.output_C[order_C],
-            gates_C=torch.ones(len(order_C), device=order_C.device),
-            offsets_L=group_ends(groups_C, self.num_groups),
-            num_outputs=self.num_outputs,
-            hashes_C=None if self.hashes_C is None else self.hashes_C[order_C],
-            first_group=self.first_group,
-        )
-        return plan, order_C
-
-
 def copies_of(routing: Routing, *, num_groups: int) -> Copies:
     """All copies of a routing, n-major, for a rank that has all the groups."""
     num_choices = routing.expert_ids_NK.shape[1]
+    row_C = routing.source_row_N.repeat_interleave(num_choices)
+    one_space = routing.output_row_N is routing.source_row_N
     return Copies(
         group_C=routing.expert_ids_NK.flatten(),
-        row_C=routing.source_row_N.repeat_interleave(num_choices),
-        output_C=routing.output_row_N.repeat_interleave(num_choices),
+        row_C=row_C,
+        output_C=row_C if one_space else routing.output_row_N.repeat_interleave(num_choices),
         hashes_C=None if routing.hashes_N is None else routing.hashes_N.repeat_interleave(num_choices),
         num_groups=num_groups,
         num_outputs=routing.num_outputs,
     )
 
 
-def in_order_of_coming(found_C: Tensor, order_C: Tensor) -> Tensor:
-    """What was found for the copies of a plan, as they came; order_C of `Copies.sort`. Differentiable."""
-    return torch.zeros_like(found_C).index_put((order_C,), found_C)
-
-
 @dataclass(frozen=True)
 class LocalExchange:
-    """A routing whose experts are all here: its plan, and the order of the plan's copies among those of the routing."""
+    """A routing whose experts are all here, and its plan."""
 
     routing: Routing
     plan: LocalPlan
-    order_C: Tensor
 
     @staticmethod
     def of(routing: Routing, *, num_groups: int) -> "LocalExchange":
-        return LocalExchange(routing, *copies_of(routing, num_groups=num_groups).sort())
+        return LocalExchange(routing, copies_of(routing, num_groups=num_groups).sort())
 
 
 @dataclass(frozen=True)
@@ -197,14 +256,15 @@ class LocalArriving:
     rows: Tensor
 
     def reply(self, compute: Compute) -> Tensor:
-        found_C = in_order_of_coming(compute(self.rows, self.exchange.plan), self.exchange.order_C)
-        return found_C.view_as(self.exchange.routing.expert_ids_NK)
+        plan = self.exchange.plan
+        return plan.as_they_came(compute(self.rows, plan)).view_as(self.exchange.routing.expert_ids_NK)
 
     def combine(self, compute: Compute, gates_NK: Tensor | None) -> Tensor:
         gates_NK = self.exchange.routing.gates_NK if gates_NK is None else gates_NK
         assert gates_NK is not None
-        plan = replace(self.exchange.plan, gates_C=gates_NK.flatten()[self.exchange.order_C])
-        return compute(self.rows, plan)
+        routing, plan = self.exchange.routing, self.exchange.plan.with_gates(gates_NK.flatten())
+        whole = Whole(gates_NK, routing.expert_ids_NK, routing.bank.num_groups)
+        return compute(self.rows, replace(plan, whole=whole))
 
 
 class LocalDispatcher:

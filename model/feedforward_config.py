@@ -70,6 +70,10 @@ class SigmaMoEConfig(RoutedSection, FeedForwardSection):
         default=None, description="how far a bias moves in a step, in units of the logits; null: 0.001"
     )
     hidden_dropout: Probability = Field(default=0.0, description="of the experts' hidden activations")
+    keep_hidden: bool = Field(
+        default=False,
+        description="triton: keep the hidden activations for the backward pass instead of computing them again; other backends always do",
+    )
     initialisation: Literal["dense_equivalent", "standard"] = Field(
         default="dense_equivalent", description="fan-in of W2: all experts, as one dense layer; standard: one expert"
     )

@@ -86,12 +86,19 @@ class ExpertBank(DeclaringModule):
     Declared whole: `weight_name -> (shape of one group, initializer)`. On one process num_local = G. `shard` narrows the bank to one
     rank of an expert group: L = ceil(G / size) groups on every rank, the padding at the end of the global order, so that all ranks
     hold tensors of one shape; a rank may hold nothing but padding. Padding is zero, cannot be selected and is never saved.
+    `backend` says how the experts of the bank are computed (model/expert_choice.py).
     """
 
     def __init__(
-        self, num_groups: int, weights: dict[str, tuple[tuple[int, ...], Initializer]], *, decays: bool = True
+        self,
+        num_groups: int,
+        weights: dict[str, tuple[tuple[int, ...], Initializer]],
+        *,
+        backend: str = "reference",
+        decays: bool = True,
     ) -> None:
         super().__init__()
+        self.backend = backend
         self.num_groups, self.num_ranks = num_groups, 1
         self.first_group, self.num_local = 0, num_groups
         self.columns, self.column = 1, 0

@@ -70,7 +70,7 @@ class SigmaMoE(DeclaringModule):
             self.router = Router(d_model=d_model, num_heads=1, num_experts=experts, draw=draw)
         self.selection = Selection(config, place)
         up, down = ((d_model, width), normal(std_in)), ((width, d_model), draw_down)
-        self.experts = ExpertBank(experts, {"up": up, "down": down})
+        self.experts = ExpertBank(experts, {"up": up, "down": down}, backend=place.backend)
         if shared_dim:
             self.shared_up = Linear(d_model, shared_dim, draw=normal(std_in))
             self.shared_down = Linear(shared_dim, d_model, draw=draw_down)
@@ -150,8 +150,15 @@ class SigmaMoE(DeclaringModule):
         factors_CF, probability = None, self.config.hidden_dropout
         if plan.hashes_C is not None:
             factors_CF = hidden_factors(plan, channels=self.config.expert_dim, probability=probability)
-        backend = self.place.backend
-        return gated_mlp(rows_RD, weights["up"], weights["down"], plan, backend=backend, factors_CF=factors_CF)
+        return gated_mlp(
+            rows_RD,
+            weights["up"],
+            weights["down"],
+            plan,
+            backend=self.experts.backend,
+            factors_CF=factors_CF,
+            keep_hidden=self.config.keep_hidden,
+        )
 
     def _routing(self, choice: Choice, context: BatchContext, length: int) -> Routing:
         """Reads the token and writes the token; brings its hash along where hidden activations are dropped."""

@@ -71,7 +71,8 @@ class SwitchHead(DeclaringModule):
             draw = normal(std_out if from_heads else std_in)
             if name in self.router_of:
                 shape = (head_dim, d_model) if from_heads else (d_model, head_dim)
-                self.add_module(f"{name}_experts", ExpertBank(heads * experts, {"weight": (shape, draw)}))
+                bank = ExpertBank(heads * experts, {"weight": (shape, draw)}, backend=place.backend)
+                self.add_module(f"{name}_experts", bank)
             else:
                 sizes = (heads * head_dim, d_model) if from_heads else (d_model, heads * head_dim)
                 self.add_module(name, Linear(*sizes, draw=draw))
@@ -128,7 +129,13 @@ class SwitchHead(DeclaringModule):
     def _experts(self, name: str, weights: Mapping[str, Tensor]) -> Compute:
         """grouped_matmul of a projection, its gate on the narrow side."""
         project = gate_then_project if name == "output" else project_then_gate
-        return lambda rows_RX, plan: project(rows_RX, weights["weight"], plan, backend=self.place.backend)
+        how = {"backend": self._bank(name).backend, "num_heads": self.config.num_heads}
+        return lambda rows_RX, plan: project(rows_RX, weights["weight"], plan, **how)
+
+    def _bank(self, name: str) -> ExpertBank:
+        bank = self.get_submodule(f"{name}_experts")
+        assert isinstance(bank, ExpertBank)
+        return bank
 
     def _route(self, x_BMD: Tensor, x_BSD: Tensor, context: BatchContext) -> _Routed:
         choices, spreads, reports = {}, {}, {}
@@ -165,8 +172,7 @@ class SwitchHead(DeclaringModule):
         pair_X = torch.arange(num_tokens * num_heads, device=device)
         token_X = pair_X // num_heads
         first_group_H1 = torch.arange(num_heads, device=device)[:, None] * self.config.num_experts
-        to_heads, bank = name != "output", self.get_submodule(f"{name}_experts")
-        assert isinstance(bank, ExpertBank)
+        to_heads = name != "output"
         return Routing(
             gates_NK=choice.gates_THK.reshape(-1, num_choices),
             expert_ids_NK=(choice.experts_THK + first_group_H1).view(-1, num_choices),
@@ -174,7 +180,7 @@ class SwitchHead(DeclaringModule):
             output_row_N=pair_X if to_heads else token_X,
             num_rows=num_tokens if to_heads else num_tokens * num_heads,
             num_outputs=num_tokens * num_heads if to_heads else num_tokens,
-            bank=bank,
+            bank=self._bank(name),
         )
 
 

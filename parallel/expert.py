@@ -26,7 +26,6 @@ from model.dispatch import (
     Ready,
     Routing,
     Then,
-    in_order_of_coming,
 )
 from model.parameters import ExpertBank
 from parallel.carry import Carry, Homeward, Outward
@@ -45,8 +44,8 @@ class Exchange:
     loads: range
 
     @cached_property
-    def plans(self) -> list[tuple[LocalPlan, Tensor]]:
-        """Of each part, what the experts here do, and the order of its copies among those that arrived."""
+    def plans(self) -> list[LocalPlan]:
+        """Of each part, what the experts here do."""
         bank = self.routing.bank
         arrivals = [self.hops[-1].arrivals[load] for load in self.loads]
         return [_copies(arrival, bank).sort() for arrival in arrivals]
@@ -146,8 +145,8 @@ class AllToAllDispatcher:
             return Ready(arriving.reply(compute))
         exchange, where = arriving.exchange, Where(self.layer, label, "reply")
         home = Homeward(exchange.carries("copies"), where=where, overlap=self.overlap)
-        for part, (plan, order_C) in enumerate(exchange.plans):
-            found_C = in_order_of_coming(compute(arriving.rows_of(part), plan), order_C)
+        for part, plan in enumerate(exchange.plans):
+            found_C = plan.as_they_came(compute(arriving.rows_of(part), plan))
             home.start(found_C[:, None])
         return Then(home, partial(torch.reshape, shape=exchange.routing.expert_ids_NK.shape))
 
@@ -161,9 +160,8 @@ class AllToAllDispatcher:
         gates = arriving.gates if gates_NK is None else self._send_gates(exchange, gates_NK, label)
         assert gates is not None
         home = Homeward(exchange.carries("outputs"), where=Where(self.layer, label, "combine"), overlap=self.overlap)
-        for part, (plan, order_C) in enumerate(exchange.plans):
-            plan = replace(plan, gates_C=gates.wait(part)[order_C, 0])
-            home.start(compute(arriving.rows_of(part), plan))
+        for part, plan in enumerate(exchange.plans):
+            home.start(compute(arriving.rows_of(part), plan.with_gates(gates.wait(part)[:, 0])))
         return Then(home, partial(_join_columns, columns=exchange.routing.bank.columns))
 
     def gather(self, bank: ExpertBank, rows: Tensor, *, label: str) -> Pending[Tensor]:

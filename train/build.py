@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from data.index import ShardIndex, check_tokenizer, open_index
-from kernels.grouped_matmul import choose_backend, why_not_torch
 from model.memory import StreamMemory
 from model.parameters import fill, materialize, states_of
 from model.transformer import Transformer
 from parallel.config import ProcessInfo
+from train.backends import Backends, bank_works, by_layers, choose_backends, excluded, unmeasured_backend
 from train.checkpoint import read_tensors
 from train.config import Config, Layout
 from train.engine import Engine, LocalMesh, PlainEngine, World
@@ -73,40 +73,32 @@ def exchange_notes(config: Config, layout: Layout, *, processes: int) -> list[st
     """Sentences for the log: what travels for each bank and why, equal ones of several layers once."""
     if layout.ep_size == 1:
         return []
-    depths: dict[tuple[str, BankExchange], list[int]] = {}
-    for path, chosen in choose_exchanges(config, layout, processes=processes).items():
-        _, depth, name = path.split(".", 2)
-        depths.setdefault((name, chosen), []).append(int(depth))
-    return [chosen.sentence(f"layers.{_ranges(found)}.{name}") for (name, chosen), found in depths.items()]
+    chosen = choose_exchanges(config, layout, processes=processes)
+    return [exchange.sentence(path) for exchange, path in by_layers(chosen)]
 
 
-def _ranges(numbers: list[int]) -> str:
-    """Ascending numbers as "0-3,7"."""
-    starts = [number for number in numbers if number - 1 not in numbers]
-    ends = [number for number in numbers if number + 1 not in numbers]
-    return ",".join(f"{start}" if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
-
-
-def build_model(config: Config, *, vocab_size: int, device: torch.device) -> Transformer:
+def build_model(config: Config, *, vocab_size: int) -> Transformer:
     """The network on the meta device: shapes and names, no values."""
-    dtype, widths = getattr(torch, config.run.dtype), config.model.expert_widths()
-    backend = choose_backend(config.model.expert_backend, device=device, dtype=dtype, widths=widths)
-    return Transformer(config.model, vocab_size=vocab_size, backend=backend)
+    return Transformer(config.model, vocab_size=vocab_size, backend="reference")
 
 
-def notes(config: Config, device: torch.device) -> list[str]:
-    """Sentences for the log: what a default was turned into, and why."""
-    found = config.model.notes()
-    if config.model.expert_backend == "auto":
-        dtype, widths = getattr(torch, config.run.dtype), config.model.expert_widths()
-        reason = why_not_torch(dtype, device_type=device.type, widths=widths)
-        found += [f"model.expert_backend auto: {reason}"] if reason else []
-    return found
+def choose_kernels(config: Config, layout: Layout, world: World) -> tuple[Backends, list[str]]:
+    """How the experts are computed, and sentences for the log."""
+    processes = world.world_size
+    exchanges = choose_exchanges(config, layout, processes=processes) if layout.ep_size > 1 else {}
+    works = bank_works(config, layout, exchanges, processes=processes)
+    backends = choose_backends(config, works, world)
+    return backends, [*excluded(config, works, world.device), *backends.notes()]
 
 
 def load_model(path: Path, config: Config, *, vocab_size: int, device: torch.device) -> Transformer:
     """The whole network with the weights of the checkpoint `path`, for one process that only reads it."""
-    model = build_model(config, vocab_size=vocab_size, device=device)
+    model = build_model(config, vocab_size=vocab_size)
+    alone = Layout(ep_size=1, node_size=1)
+    works = bank_works(config, alone, {}, processes=1)
+    Backends(
+        {bank: unmeasured_backend(config.model.expert_backend, work, device) for bank, work in works.items()}
+    ).apply(model)
     states = read_tensors(path, names=states_of(model))
     fill(model, read_tensors(path, kind="master") | states, device=device)
     return model

@@ -240,6 +240,7 @@ _MAY_CHANGE = (
     "data.num_workers",
     "model.recompute",  # another layout may need the memory; dropout masks do not depend on the order of computing
     "model.expert_backend",  # another machine may lack the kernel
+    "model.sigma_moe.keep_hidden",  # memory for time
     "checkpoint.every_steps",
     "checkpoint.keep",
     "eval.every_steps",

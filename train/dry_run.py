@@ -31,7 +31,7 @@ from parallel.predict import (
     local_numel,
     predict,
 )
-from train.build import build_model, choose_exchanges, exchange_notes, notes, open_data
+from train.build import build_model, choose_exchanges, exchange_notes, open_data
 from train.config import Config, Layout, check_world, to_yaml
 from train.optimizer import parameter_groups
 
@@ -71,10 +71,10 @@ def dry_run(config: Config, info: ProcessInfo, plan: Plan = Plan()) -> None:
     planned = plan.processes(info)
     check_world(config, planned)
     vocab_size = config.model.vocab_size or open_data(config).train.vocab_size
-    model = build_model(config, vocab_size=vocab_size, device=torch.device("cpu"))
+    model = build_model(config, vocab_size=vocab_size)
     if info.rank == 0:
         print(to_yaml(config), end="")
-        for note in notes(config, torch.device("cpu")):
+        for note in config.model.notes():
             print(f"# {note}")
         print(f"# vocabulary: {vocab_size:,} tokens\n# parameters: {count_parameters(model):,}")
         length = config.data.sequence_length

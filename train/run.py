@@ -18,7 +18,16 @@ from model.router import collapse_alarm
 from model.selection import bias_ranges
 from parallel.config import ProcessInfo
 from train import checkpoint
-from train.build import Data, build_memory, build_model, exchange_notes, notes, open_data, open_world, set_up_torch
+from train.build import (
+    Data,
+    build_memory,
+    build_model,
+    choose_kernels,
+    exchange_notes,
+    open_data,
+    open_world,
+    set_up_torch,
+)
 from train.config import Config, Layout, check_resume, check_world
 from train.engine import Engine, World
 from train.evaluate import evaluate
@@ -74,14 +83,17 @@ def run(config: Config, info: ProcessInfo) -> None:
     changes = find_changes(config)
     device = set_up_torch(config, info)
     with open_world(config, info, layout, device=device) as (world, build_engine):
-        model = build_model(config, vocab_size=data.train.vocab_size, device=device)
+        model = build_model(config, vocab_size=data.train.vocab_size)
+        backends, kernel_notes = choose_kernels(config, layout, world)
+        backends.apply(model)
         engine = build_engine(model)
         with Reporter(is_main=world.rank == 0, total_steps=config.run.steps) as reporter:
             reporter.say(
                 f"{count_parameters(model):,} parameters on {info.world_size} process(es), ep_size {layout.ep_size}, "
-                f"zero_stage {config.parallel.zero_stage}, {config.run.dtype}, grouped_matmul by {model.backend}"
+                f"zero_stage {config.parallel.zero_stage}, {config.run.dtype}"
             )
-            for note in [*notes(config, device), *exchange_notes(config, layout, processes=info.world_size)]:
+            exchanges = exchange_notes(config, layout, processes=info.world_size)
+            for note in [*config.model.notes(), *kernel_notes, *exchanges]:
                 reporter.say(note)
             for change in changes:
                 reporter.say(f"changed since the run began: {change}")
@@ -89,7 +101,7 @@ def run(config: Config, info: ProcessInfo) -> None:
             start = restore(job)
             batches = _train_batches(job, start.position)
             world.barrier()  # every rank has read the run folder, and nothing was refused, before rank 0 writes into it
-            on_rank_zero(world, lambda: write_folder(config))
+            on_rank_zero(world, lambda: (write_folder(config), backends.write(RunFolder(Path(config.run.dir)))))
             train(job, start, batches)
 
 

@@ -1,7 +1,7 @@
 """The folder of a run: its resolved config and the versions that made it. Rank 0 writes; every rank reads.
 
 Owns config.yaml and environment.json, how a small file is replaced, and what is said when one cannot be written. metrics.py owns
-metrics.jsonl and tensorboard/, checkpoint.py owns checkpoints/.
+metrics.jsonl and tensorboard/, checkpoint.py owns checkpoints/, backends.py kernels.json.
 """
 
 import contextlib
@@ -39,6 +39,10 @@ class RunFolder:
     @property
     def environment(self) -> Path:
         return self.path / "environment.json"
+
+    @property
+    def kernels(self) -> Path:
+        return self.path / "kernels.json"
 
     @property
     def tokenizer(self) -> Path:

@@ -1,16 +1,19 @@
 """The choice among a kernel's configurations, with a clock that the test sets."""
 
+import json
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from kernels.tuning import fastest, rounded
+from kernels.tuning import decide, decisions, fastest, measuring, rounded
 
 GPU = torch.device("cuda")
 MILLISECONDS = {"small": 3.0, "middle": 1.0, "large": 2.0}
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The configurations measured so far."""
     names: list[str] = []
 
@@ -19,10 +22,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return MILLISECONDS[names[-1]]
 
     monkeypatch.setattr("triton.testing.do_bench", do_bench)
-    monkeypatch.setattr("kernels.tuning._BEST", {})
+    kept = decisions()
+    decide({})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return names
+    yield names
+    decide(kept)
 
 
 def test_the_fastest_is_measured_once_for_each_key(measured: list[str]) -> None:
@@ -41,6 +46,33 @@ def test_nothing_is_measured_without_a_gpu_or_where_results_must_repeat(measured
     finally:
         torch.use_deterministic_algorithms(False)
     assert measured == []
+
+
+def test_before_a_run_they_are_measured_and_then_hold_where_results_must_repeat(measured: list[str]) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with measuring():
+            assert fastest(list(MILLISECONDS), measured.append, key=("op", 16), device=GPU) == "middle"
+        assert fastest(list(MILLISECONDS), measured.append, key=("op", 16), device=GPU) == "middle"
+        assert fastest(list(MILLISECONDS), measured.append, key=("op", 32), device=GPU) == "small"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(measured) == 3
+
+
+def test_decisions_that_were_kept_are_taken_without_measuring(measured: list[str]) -> None:
+    fastest(list(MILLISECONDS), measured.append, key=("op", 16), device=GPU)
+    kept = json.loads(json.dumps(decisions()))
+    decide({})
+    decide({name: 2 for name in kept})
+    assert fastest(list(MILLISECONDS), measured.append, key=("op", 16), device=GPU) == "large"
+    assert len(measured) == 3
+
+
+def test_a_kept_decision_for_a_configuration_that_is_gone_is_measured_again(measured: list[str]) -> None:
+    fastest(list(MILLISECONDS), measured.append, key="op", device=GPU)
+    decide({name: 7 for name in decisions()})
+    assert fastest(list(MILLISECONDS), measured.append, key="op", device=GPU) == "middle"
 
 
 def test_more_than_four_configurations_are_refused(measured: list[str]) -> None:

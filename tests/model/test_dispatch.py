@@ -10,6 +10,7 @@ from model.dispatch import LocalDispatcher, LocalPlan, Routing, group_ends
 from model.parameters import ExpertBank
 from model.parameters import normal as draw_normal
 from tests.model.build import normal
+from tests.parallel.routed import assert_copies_of_rows
 
 
 def routing(num_routings: int, *, num_choices: int, num_rows: int, num_outputs: int, num_groups: int) -> Routing:
@@ -46,6 +47,7 @@ def test_a_plan_is_the_routing_sorted_by_group(num_routings: int):
     (exchange,) = dispatcher.plan(routed)
 
     def experts(received: Tensor, plan: LocalPlan) -> Tensor:
+        assert_copies_of_rows(plan, num_rows=len(received))
         partials = torch.zeros(plan.num_outputs, 3, dtype=torch.float64)
         start = 0
         for group, end in enumerate(plan.offsets_L.tolist()):

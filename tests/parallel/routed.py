@@ -180,9 +180,23 @@ def apply(dispatcher: AllToAllDispatcher, exchange, rows: torch.Tensor, *, label
     weight = dispatcher.weights(exchange, label=label).wait()["weight"]
 
     def experts(rows_RX: torch.Tensor, plan: LocalPlan) -> torch.Tensor:
+        assert_copies_of_rows(plan, num_rows=len(rows_RX))
         group_C = torch.repeat_interleave(torch.diff(plan.offsets_L, prepend=plan.offsets_L.new_zeros(1)))
         copies = torch.einsum("cx,cxy->cy", rows_RX[plan.row_index_C], weight[group_C]) * plan.gates_C[:, None]
         sums = copies.new_zeros(plan.num_outputs, weight.shape[2]).index_add(0, plan.output_index_C, copies)
         return sums.to(rows_RX.dtype)
 
     return dispatcher.combine(arriving, experts, label=label).wait()
+
+
+def assert_copies_of_rows(plan: LocalPlan, *, num_rows: int) -> None:
+    """The plan's lists of the copies of each row, which kernels sum by, name every copy under its row."""
+    for copies, index_C, size in (
+        (plan.output_copies(), plan.output_index_C, plan.num_outputs),
+        (plan.row_copies(num_rows), plan.row_index_C, num_rows),
+    ):
+        assert copies is not None
+        assert len(copies.ends_P) == size
+        assert torch.equal(copies.order_C.long().sort().values, torch.arange(len(index_C)))
+        counts_P = torch.diff(copies.ends_P, prepend=copies.ends_P.new_zeros(1))
+        assert torch.equal(index_C[copies.order_C], torch.repeat_interleave(torch.arange(size), counts_P))

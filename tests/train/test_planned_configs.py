@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from model.cost_table import model_table
 from tests.train.test_config import parameters, world
@@ -28,7 +27,7 @@ def figures(name: str, pattern: str) -> list[float]:
 
 def config_and_forecast(name: str, *, nodes: int) -> tuple[Config, Forecast]:
     config = load_config(CONFIGS / f"{name}.yaml")
-    model = build_model(config, vocab_size=VOCABULARY, device=torch.device("cpu"))
+    model = build_model(config, vocab_size=VOCABULARY)
     return config, forecast(config, world(8 * nodes, per_node=8), model)
 
 
@@ -85,7 +84,7 @@ def test_one_node_leaves_the_30b_no_room_for_activations():
 )
 def test_the_floats_of_a_token_and_of_a_micro_step_are_those_of_the_table(name: str, floats: str, size: str):
     config, found = config_and_forecast(name, nodes=2)
-    model = build_model(config, vocab_size=VOCABULARY, device=torch.device("cpu"))
+    model = build_model(config, vocab_size=VOCABULARY)
     length = config.data.sequence_length
     lines = model_table(model, length=length)
     of_token = sum(line.cost.work.floats for line in lines if line.cost is not None) / length

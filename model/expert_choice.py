@@ -1,0 +1,145 @@
+"""How the experts of a bank are computed: which backends could, and how long each takes on this device.
+
+Owns: the candidates, and the work by which they are compared: a forward and a backward pass through model/experts.py on uniform random
+routes of the run's sizes. Does not own: when it is done, what is kept and logged (train/backends.py).
+
+Shape letters: T tokens, H heads, K choices, N = T H routings, R rows, G expert groups.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.availability import why_not_triton
+from kernels.grouped_matmul import why_not_torch
+from kernels.tuning import measuring
+from model.dispatch import Compute, LocalArriving, LocalExchange, Routing
+from model.experts import DENSE, gate_then_project, gated_mlp, project_then_gate
+from model.parameters import ExpertBank, zeros
+from model.section import BankShape
+
+PASSES, WARM_UP = 5, 2
+
+
+@dataclass(frozen=True)
+class BankWork:
+    """What the experts of a bank do on one rank in a micro-step.
+
+    bank: any but a table. tokens: of the rank, those of memory included. num_groups: held here. whole: all groups are, so that a
+    token's choices are known together. dtype: of the products; weights are float32. keep_hidden: see sigma-MoE's config.
+    """
+
+    bank: BankShape
+    tokens: int
+    num_groups: int
+    whole: bool
+    dtype: torch.dtype
+    keep_hidden: bool = False
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """X and Y of a group's matrix; of the two of an MLP the first one's."""
+        rows = self.bank.row_dim
+        return (rows, self.bank.group_numel // (2 * rows)) if self._is_mlp else (rows, self.bank.output_dim)
+
+    def __str__(self) -> str:
+        """All that the time depends on."""
+        bank = self.bank
+        sizes = f"{self.num_groups} groups of {' x '.join(map(str, self.widths))}{' twice' if self._is_mlp else ''}"
+        choices = f"{self.tokens} tokens, {bank.num_heads} x {bank.top_k} choices"
+        extras = ", whole" * self.whole + ", hidden kept" * (self.keep_hidden and self._is_mlp)
+        return f"{bank.label}: {sizes}, {choices}, {self.dtype}{extras}"
+
+    @property
+    def _is_mlp(self) -> bool:
+        return self.bank.same_rows
+
+    def candidates(self, device_type: str) -> list[str]:
+        """The backends that can do it, at least one, the likely fastest first.
+
+        On a CPU the two give the same bits, so that a clock may choose; on a GPU what is chosen must be kept.
+        """
+        by_torch = ["torch"] * (why_not_torch(self.dtype, device_type=device_type, widths=self.widths) is None)
+        if device_type == "cpu":
+            return [*by_torch, "loop"]
+        if why_not_triton(device_type):
+            return by_torch or ["loop"]
+        return ["triton", *[DENSE] * (self.whole and not self._is_mlp), *by_torch]
+
+    def seconds(self, backend: str, *, device: torch.device) -> float:
+        """The median time of a forward and backward pass. The tiles of kernels are chosen in the first."""
+        work = self.work(backend, device=device)
+        with measuring():
+            for _ in range(WARM_UP):
+                work()
+        times = []
+        for _ in range(PASSES):
+            _wait(device)
+            began = time.perf_counter()
+            work()
+            _wait(device)
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    def work(self, backend: str, *, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+        """Each call is a forward and a backward pass: the output, and the gradients of rows, weights and gates."""
+        generator = torch.Generator(device).manual_seed(0)
+        normal = partial(torch.randn, generator=generator, device=device)
+        bank, compute = self._experts(backend, normal)
+        routing = self._routing(bank, normal)
+        rows = normal(routing.num_rows, self.bank.row_dim).to(self.dtype).requires_grad_()
+        arriving = LocalArriving(LocalExchange.of(routing, num_groups=self.num_groups), rows)
+        gradient = normal(routing.num_outputs, self.bank.output_dim).to(self.dtype)
+        assert routing.gates_NK is not None
+        leaves = [rows, *bank.weights().values(), routing.gates_NK]
+
+        def work() -> tuple[Tensor, ...]:
+            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                output = arriving.combine(compute, None)
+            return output, *torch.autograd.grad(output, leaves, gradient)
+
+        return work
+
+    def _experts(self, backend: str, normal: Callable[..., Tensor]) -> tuple[ExpertBank, Compute]:
+        x, y = self.widths
+        shapes = {"up": (x, y), "down": (y, x)} if self._is_mlp else {"weight": (x, y)}
+        bank = ExpertBank(self.num_groups, {name: (shape, zeros) for name, shape in shapes.items()})
+        for name, shape in shapes.items():
+            bank.register_parameter(name, torch.nn.Parameter(normal(self.num_groups, *shape) / x**0.5))
+        weights = bank.weights()
+        if self._is_mlp:
+            mlp = partial(gated_mlp, backend=backend, keep_hidden=self.keep_hidden)
+            return bank, lambda rows, plan: mlp(rows, weights["up"], weights["down"], plan)
+        project = gate_then_project if self.bank.label == "output" else project_then_gate
+        projection = partial(project, backend=backend, num_heads=self.bank.num_heads)
+        return bank, lambda rows, plan: projection(rows, weights["weight"], plan)
+
+    def _routing(self, bank: ExpertBank, normal: Callable[..., Tensor]) -> Routing:
+        """Choices of a (token, head) are distinct, as many as there are groups for it at most."""
+        heads, tokens = self.bank.num_heads, self.tokens
+        of_head = max(1, self.num_groups // heads)
+        top_k = min(self.bank.top_k, of_head)
+        chosen_THK = normal(tokens, heads, of_head).topk(top_k).indices
+        device = chosen_THK.device
+        first_H1 = (torch.arange(heads, device=device) * of_head).clamp_max(self.num_groups - of_head)[:, None]
+        pair_N = torch.arange(tokens * heads, device=device)
+        spaces = {1: pair_N // heads, heads: pair_N}  # with one head they are the same
+        return Routing(
+            gates_NK=normal(tokens * heads, top_k).sigmoid().requires_grad_(),
+            expert_ids_NK=(chosen_THK + first_H1).view(-1, top_k),
+            source_row_N=pair_N if self._is_mlp else spaces[self.bank.rows_per_token],
+            output_row_N=pair_N if self._is_mlp else spaces[self.bank.outputs_per_token],
+            num_rows=tokens * self.bank.rows_per_token,
+            num_outputs=tokens * self.bank.outputs_per_token,
+            bank=bank,
+        )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

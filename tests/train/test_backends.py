@@ -1,0 +1,149 @@
+"""Which backend each bank gets, what is kept of a measurement, and what a run that starts again takes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import tuning
+from model.expert_choice import BankWork
+from model.parameters import ExpertBank
+from tests.train.tiny_job import ALONE, tiny_config, write_shards
+from train import backends
+from train.backends import bank_works, by_layers, choose_backends
+from train.build import build_model, choose_exchanges
+from train.config import Layout
+from train.engine import LocalMesh
+from train.run import run
+from train.run_folder import RunFolder
+
+CPU = torch.device("cpu")
+
+
+class SecondRank(LocalMesh):
+    """Of two: it is told what rank 0 found."""
+
+    rank, world_size = 1, 2
+
+    def __init__(self, told) -> None:
+        super().__init__(CPU)
+        self.told = told
+
+    def all_gather_object(self, value):
+        return [self.told, value]
+
+
+@pytest.fixture
+def config(tmp_path):
+    write_shards(tmp_path / "shards", seed=1)
+    return tiny_config(tmp_path)
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[str]:
+    """What was measured; every candidate of the MLP is slower than the one before, of the rest it is faster."""
+    found: list[str] = []
+
+    def seconds(self: BankWork, backend: str, *, device: torch.device) -> float:
+        found.append(f"{self.bank.label} {backend}")
+        return float(len(found)) if self.bank.label == "mlp" else 1 / len(found)
+
+    monkeypatch.setattr(BankWork, "seconds", seconds)
+    return found
+
+
+def works_of(config, ep_size: int = 1, processes: int = 1):
+    layout = Layout(ep_size=ep_size, node_size=ep_size)
+    exchanges = choose_exchanges(config, layout, processes=processes) if ep_size > 1 else {}
+    return bank_works(config, layout, exchanges, processes=processes)
+
+
+def test_each_kind_of_bank_is_measured_once_and_gets_its_fastest(config, measured):
+    works = works_of(config)
+    chosen = choose_backends(config, works, LocalMesh(CPU))
+    assert sorted(measured) == sorted(
+        f"{label} {name}" for label in ("value", "output", "mlp") for name in ("torch", "loop")
+    )
+    assert chosen.of_bank == {path: "torch" if work.bank.label == "mlp" else "loop" for path, work in works.items()}
+    model = build_model(config, vocab_size=20)
+    chosen.apply(model)
+    of_model = {path: bank.backend for path, bank in model.named_modules() if isinstance(bank, ExpertBank)}
+    assert of_model == chosen.of_bank
+
+
+def test_a_backend_that_is_named_is_taken_without_measuring(config, measured):
+    named = config.model_copy(update={"model": config.model.model_copy(update={"expert_backend": "loop"})})
+    chosen = choose_backends(named, works_of(named), LocalMesh(CPU))
+    assert set(chosen.of_bank.values()) == {"loop"}
+    assert not measured
+    refused = config.model_copy(update={"model": config.model.model_copy(update={"expert_backend": "triton_dense"})})
+    with pytest.raises(ValueError, match="triton backend computes on a GPU"):
+        choose_backends(refused, works_of(refused), LocalMesh(CPU))
+
+
+def test_a_run_keeps_what_was_measured_and_takes_it_when_it_starts_again(config, measured):
+    run(config, ALONE)
+    folder, times = RunFolder(Path(config.run.dir)), len(measured)
+    kept = json.loads(folder.kernels.read_text())
+    assert times == 6
+    assert len(kept["seconds"]) == 3
+    kept["tiles"] = {"a GPU: ('op', 16)": 1}
+    folder.kernels.write_text(json.dumps(kept))
+    again = choose_backends(config, works_of(config), LocalMesh(CPU))
+    assert len(measured) == times
+    assert again.seconds == kept["seconds"]
+    assert again.tiles == kept["tiles"] == tuning.decisions()
+    longer = config.model_copy(
+        update={"data": config.data.model_copy(update={"sequence_length": 2 * config.data.sequence_length})}
+    )
+    choose_backends(longer, works_of(longer), LocalMesh(CPU))
+    assert len(measured) == 2 * times
+
+
+def test_the_other_ranks_take_what_rank_zero_found_and_measure_nothing(config, measured):
+    works = works_of(config)
+    of_zero = choose_backends(config, works, LocalMesh(CPU))
+    measured.clear()
+    told = ({name: {"reference": 1.0} for name in of_zero.seconds}, {"a GPU: op": 2})
+    chosen = choose_backends(config, works, SecondRank(told))
+    assert not measured
+    assert set(chosen.of_bank.values()) == {"reference"}
+    assert chosen.tiles == {"a GPU: op": 2}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"seconds": {}}', '{"seconds": 3, "tiles": {}}'])
+def test_a_damaged_file_is_named(config, text):
+    path = RunFolder(Path(config.run.dir)).kernels
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(RuntimeError, match=r"kernels\.json keeps which kernels .* remove it") as caught:
+        choose_backends(config, works_of(config), LocalMesh(CPU))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rank_is_measured_with_what_it_holds(config):
+    tokens = config.model_copy(update={"parallel": config.parallel.model_copy(update={"exchange": "tokens"})})
+    weights = config.model_copy(update={"parallel": config.parallel.model_copy(update={"exchange": "weights"})})
+    alone = works_of(config)
+    for path, work in works_of(tokens, ep_size=2, processes=2).items():
+        assert (work.num_groups, work.whole) == (-(-alone[path].num_groups // 2), False)
+        assert work.tokens == alone[path].tokens // 2
+    for path, work in works_of(weights, ep_size=2, processes=2).items():
+        assert (work.num_groups, work.whole) == (alone[path].num_groups, True)
+
+
+def test_what_auto_could_not_choose_is_said(config):
+    half = config.model_copy(update={"run": config.run.model_copy(update={"dtype": "bfloat16"})})
+    (sentence,) = {text.split(" got ")[0] for text in backends.excluded(half, works_of(half), CPU)}
+    assert sentence.startswith("model.expert_backend auto: the torch backend of grouped_matmul needs widths")
+    assert backends.excluded(config, works_of(config), CPU) == []
+
+
+def test_equal_layers_are_named_together():
+    found = {f"layers.{depth}.mixer.x": depth in (1, 5) for depth in (0, 1, 2, 3, 5)} | {"layers.0.feedforward.x": True}
+    assert by_layers(found) == [
+        (False, "layers.0,2-3.mixer.x"),
+        (True, "layers.1,5.mixer.x"),
+        (True, "layers.0.feedforward.x"),
+    ]

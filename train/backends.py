@@ -1,0 +1,193 @@
+"""Which backend computes the experts of each bank: by its name in the config, or the fastest by a measurement before the first step.
+
+Owns: when it is measured, what is kept of it in the run folder, and what the log says. Does not own: the candidates and the work by which
+they are compared (model/expert_choice.py), the tiles of kernels (kernels/tuning.py).
+Called by train/run.py and train/build.py.
+
+Rank 0 measures and tells the others. On a CPU all candidates give the same bits. On a GPU they do not, so a run that is started again
+takes what kernels.json in its folder says, and measures only what is not there: other sizes, another GPU.
+"""
+
+import json
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from kernels import tuning
+from kernels.grouped_matmul import choose_backend, why_not_torch
+from model.expert_choice import BankWork
+from model.experts import DENSE
+from model.parameters import ExpertBank
+from model.transformer import Transformer
+from train.config import Config, Layout
+from train.engine import World
+from train.run_folder import RunFolder, replace_file
+
+if TYPE_CHECKING:
+    from parallel.volume import BankExchange
+
+MAX_TOKENS = {
+    "cpu": 2048,
+    "cuda": 65536,
+}  # of a measurement: a pass of 2,048 tokens through a 47M layer is 0.2 s on a CPU
+Works = Mapping[str, BankWork]  # by the path of a bank in the model
+
+
+@dataclass(frozen=True)
+class Backends:
+    """of_bank: by path, each bank but tables. seconds: of a forward and backward pass, by what was measured and by candidate.
+
+    measured: by path, what was. tiles: those of kernels/tuning.py.
+    """
+
+    of_bank: dict[str, str]
+    measured: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    tiles: dict[str, int] = field(default_factory=dict)
+
+    def apply(self, model: Transformer) -> None:
+        """Tells the banks of the model, narrowed or not, and the kernels."""
+        for path, backend in self.of_bank.items():
+            bank = model.get_submodule(path)
+            assert isinstance(bank, ExpertBank)
+            bank.backend = backend
+        if self.measured:
+            tuning.decide(self.tiles)
+
+    def notes(self) -> list[str]:
+        """Sentences for the log: what was measured, equal banks once."""
+        found = []
+        for name, path in by_layers(self.measured):
+            times = ", ".join(f"{backend} {1e3 * seconds:.2f}" for backend, seconds in self.seconds[name].items())
+            found.append(f"{path}: experts by {_fastest(self.seconds[name])}; ms forward and backward: {times}")
+        return found
+
+    def write(self, folder: RunFolder) -> None:
+        """kernels.json, where something was measured.
+
+        Raises:
+            RuntimeError: the folder cannot be written.
+        """
+        if self.measured:
+            content = {"seconds": self.seconds, "tiles": self.tiles}
+            replace_file(folder.kernels, json.dumps(content, indent=2) + "\n")
+
+
+def bank_works(config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int) -> Works:
+    """What each bank does in a training micro-step on one of the processes. exchanges: by path, empty without expert parallelism."""
+    rows = config.data.global_batch_size // config.optim.accumulation_steps // processes
+    tokens = min(rows * config.data.sequence_length, MAX_TOKENS["cuda" if config.run.device == "cuda" else "cpu"])
+    mlp = config.model.sigma_moe
+    works = {}
+    for bank in config.model.banks():
+        if bank.shape.is_table:
+            continue
+        travels = layout.ep_size > 1 and exchanges[bank.path].mode == "tokens"
+        num_groups = math.ceil(bank.shape.num_groups / layout.ep_size) if travels else bank.shape.num_groups
+        works[bank.path] = BankWork(
+            bank.shape,
+            tokens=tokens * bank.shape.token_factor,
+            num_groups=num_groups,
+            whole=not travels,
+            dtype=getattr(torch, config.run.dtype),
+            keep_hidden=mlp is not None and mlp.keep_hidden,
+        )
+    return works
+
+
+def unmeasured_backend(asked: str, work: BankWork, device: torch.device) -> str:
+    """What `model.expert_backend` means for a bank without a measurement.
+
+    Raises:
+        ValueError: the backend cannot serve this device, this dtype or these widths.
+    """
+    name = choose_backend("triton" if asked == DENSE else asked, device=device, dtype=work.dtype, widths=work.widths)
+    return DENSE if asked == DENSE and DENSE in work.candidates(device.type) else name
+
+
+def choose_backends(config: Config, works: Works, world: World) -> Backends:
+    """What every rank computes each bank with.
+
+    Raises:
+        ValueError: the config names a backend that cannot serve this device, this dtype or these widths.
+        RuntimeError: kernels.json cannot be read.
+    """
+    asked, device = config.model.expert_backend, world.device
+    if asked != "auto":
+        return Backends({path: unmeasured_backend(asked, work, device) for path, work in works.items()})
+    measured = {path: _described(work, device) for path, work in works.items()}
+    seconds: dict[str, dict[str, float]] = {}
+    if world.rank == 0:
+        kept = _read(RunFolder(Path(config.run.dir)))
+        tuning.decide(kept["tiles"])
+        for path, name in measured.items():
+            if name not in seconds:
+                seconds[name] = kept["seconds"].get(name) or _measure(works[path], device)
+    seconds, tiles = world.all_gather_object((seconds, tuning.decisions()))[0]
+    of_bank = {path: _fastest(seconds[name]) for path, name in measured.items()}
+    return Backends(of_bank, measured, seconds, tiles)
+
+
+def excluded(config: Config, works: Works, device: torch.device) -> list[str]:
+    """Sentences for the log: what auto could not choose, and why."""
+    if config.model.expert_backend != "auto":
+        return []
+    reasons = (why_not_torch(work.dtype, device_type=device.type, widths=work.widths) for work in works.values())
+    return [f"model.expert_backend auto: {reason}" for reason in dict.fromkeys(reasons) if reason]
+
+
+Value = TypeVar("Value")
+
+
+def by_layers(found: Mapping[str, Value]) -> list[tuple[Value, str]]:
+    """Values by the path of a bank, equal ones of several layers once, with a path such as layers.0-3,7.mixer.value_experts."""
+    depths: dict[tuple[str, Value], list[int]] = {}
+    for path, value in found.items():
+        _, depth, name = path.split(".", 2)
+        depths.setdefault((name, value), []).append(int(depth))
+    return [(value, f"layers.{_ranges(layers)}.{name}") for (name, value), layers in depths.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers as "0-3,7"."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ",".join(f"{start}" if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+
+
+def _fastest(seconds: Mapping[str, float]) -> str:
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _measure(work: BankWork, device: torch.device) -> dict[str, float]:
+    candidates = work.candidates(device.type)
+    if device.type == "cpu" and len(candidates) == 1:
+        return {candidates[0]: 0.0}  # nothing to choose, no tiles either
+    return {name: work.seconds(name, device=device) for name in candidates}
+
+
+def _described(work: BankWork, device: torch.device) -> str:
+    """Everything that a measurement depends on, as text."""
+    where = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    return f"{where}, torch {torch.__version__}: {work}"
+
+
+def _read(folder: RunFolder) -> dict[str, Any]:
+    """What an earlier start has kept."""
+    if not folder.kernels.exists():
+        return {"seconds": {}, "tiles": {}}
+    try:
+        kept = json.loads(folder.kernels.read_text(encoding="utf-8"))
+        return {name: dict(kept[name]) for name in ("seconds", "tiles")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(
+            f"{folder.kernels} keeps which kernels this run computes with, but it cannot be read ({error!r}): restore it, or remove it "
+            "to have them chosen again (on a GPU the losses may then differ in their last bits)"
+        ) from error
