@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels import tuning
+from kernels.grouped_matmul import grouped_matmul
 from model.expert_choice import BankWork
 from model.parameters import ExpertBank
 from tests.train.tiny_job import ALONE, tiny_config, write_shards
@@ -37,7 +38,7 @@ class SecondRank(LocalMesh):
 @pytest.fixture
 def config(tmp_path):
     write_shards(tmp_path / "shards", seed=1)
-    return tiny_config(tmp_path)
+    return tiny_config(tmp_path, model={"num_layers": 2})  # two layers with equal banks
 
 
 @pytest.fixture
@@ -70,6 +71,20 @@ def test_each_kind_of_bank_is_measured_once_and_gets_its_fastest(config, measure
     chosen.apply(model)
     of_model = {path: bank.backend for path, bank in model.named_modules() if isinstance(bank, ExpertBank)}
     assert of_model == chosen.of_bank
+
+
+def test_a_run_computes_with_what_was_chosen(config, measured, monkeypatch):
+    used = set()
+
+    def recorded(rows, weights, *, backend, **options):
+        used.add((tuple(weights.shape[1:]), backend))
+        return grouped_matmul(rows, weights, backend=backend, **options)
+
+    monkeypatch.setattr("model.experts.grouped_matmul", recorded)
+    run(config, ALONE)
+    by_widths = {work.widths: "torch" if work.bank.label == "mlp" else "loop" for work in works_of(config).values()}
+    assert by_widths.items() <= used
+    assert {backend for _, backend in used} == {"torch", "loop"}
 
 
 def test_a_backend_that_is_named_is_taken_without_measuring(config, measured):
