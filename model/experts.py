@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.expert_mlp import expert_mlp
 from kernels.grouped_matmul import grouped_matmul
 from kernels.sum_copies import RowCopies
+from kernels.switchhead_project import project_outputs, project_values
 from model.context import hash_with, keep_channels
 from model.dispatch import LocalPlan
 
@@ -30,8 +31,6 @@ def project_then_gate(
     num_heads: of SwitchHead, whose rows are tokens here and whose output rows are (token, head).
     """
     if backend == DENSE:
-        from kernels.switchhead_project import project_values  # TEMPORARY
-
         gates_THK, experts_THK, weight_GXY = _dense(weight_LXY, plan, num_heads=num_heads)
         values_THY = project_values(rows_RX, weight_GXY, gates_THK, experts_THK=experts_THK, backend="triton")
         return values_THY.flatten(0, 1)
@@ -50,8 +49,6 @@ def gate_then_project(
     num_heads: of SwitchHead, whose rows are (token, head) here and whose output rows are tokens.
     """
     if backend == DENSE:
-        from kernels.switchhead_project import project_outputs  # TEMPORARY
-
         gates_THK, experts_THK, weight_GXY = _dense(weight_LXY, plan, num_heads=num_heads)
         rows_THX = rows_RX.view(-1, num_heads, rows_RX.shape[1])
         return project_outputs(rows_THX, weight_GXY, gates_THK, experts_THK=experts_THK, backend="triton")

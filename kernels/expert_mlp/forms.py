@@ -1,13 +1,14 @@
 """The calls of expert_mlp whose compiled code is watched: each dtype that computes differently, hidden activations that a tile can
 hold and that it cannot, with all that is optional and without.
 
-Owns: that choice. Does not own: compiling and measuring (kernels/tools.py). Called by: benchmarks/kernels/compile_table.py.
+Owns: that choice. Does not own: compiling and measuring (kernels/tools.py), the weights' gradients (kernels/grouped_matmul/forms.py).
+Called by: benchmarks/kernels/compile_table.py.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.expert_mlp.kernel import backward, forward, weight_gradient
+from kernels.expert_mlp.kernel import backward, forward
 from kernels.tools import Form
 
 NUM_COPIES, NUM_ROWS, NUM_GROUPS = 4096, 1024, 16
@@ -48,14 +49,6 @@ def launch_backward(dtype: torch.dtype, *, d_model: int, expert_dim: int, extras
     )  # fmt: skip
 
 
-def launch_weights(dtype: torch.dtype, *, d_model: int, expert_dim: int) -> None:
-    """Of up, then of down."""
-    rows_RD, hidden_CF = torch.empty(NUM_ROWS, d_model, dtype=dtype), torch.empty(NUM_COPIES, expert_dim, dtype=dtype)
-    ends_L = _ends(NUM_GROUPS)
-    weight_gradient(rows_RD, hidden_CF, left_index_C=_index(), right_index_C=None, offsets_L=ends_L)
-    weight_gradient(hidden_CF, rows_RD, left_index_C=None, right_index_C=_index(), offsets_L=ends_L)
-
-
 BF16, FP32 = torch.bfloat16, torch.float32
 SHAPES = {
     "bf16, D 412, F 128": {"dtype": BF16, "d_model": 412, "expert_dim": 128},
@@ -69,8 +62,6 @@ SHAPES = {
 FORMS = [
     *(Form(f"forward, {name}", lambda shape=shape: launch_forward(**shape)) for name, shape in SHAPES.items()),
     *(Form(f"backward, {name}", lambda shape=shape: launch_backward(**shape)) for name, shape in SHAPES.items()),
-    *(
-        Form(f"weights, {name}", lambda shape=SHAPES[name]: launch_weights(**shape))
-        for name in ("bf16, D 412, F 128", "fp32, D 412, F 128")
-    ),
+    Form("forward, fp16, D 412, F 128", lambda: launch_forward(torch.float16, d_model=412, expert_dim=128)),
+    Form("backward, fp16, D 412, F 128", lambda: launch_backward(torch.float16, d_model=412, expert_dim=128)),
 ]

@@ -1,15 +1,20 @@
 """expert_mlp on a GPU: the Triton kernels and the functions that launch them.
 
-Owns: the kernels, their tiles, the launches of the forward and of the backward pass. Does not own: autograd (op.py), checks (the
-public function), the bytes that decided the design (traffic.py).
+Owns: the kernels, their tiles, the launches of the forward and of the backward pass. Does not own: the weights' gradients and which
+tile comes when (kernels/grouped_matmul), autograd (op.py), checks (the public function), the bytes that decided the design (traffic.py).
 Called by: kernels/expert_mlp/op.py and forms.py.
 
 A tile of BLOCK_M copies never spans two groups. Forward: a program reads the rows of its tile through the route index, holds the
 hidden activations (BLOCK_M, F) on chip and multiplies them by blocks of W2; it writes one result per copy. kernels/sum_copies sums
 those of each output row in ascending order. Backward: a program makes the hidden activations again, their gradient and with it the
-gate's, and multiplies it by blocks of W1: one result per copy, summed per row likewise. A weight gradient has one owner per (group,
-tile), which walks over the group's copies in order. Nothing is added atomically. Where F is too wide to be held (or fp32, whose
-products need the registers), the hidden activations pass through memory and `_project_kernel` does the second product.
+gate's, and multiplies it by blocks of W1: one result per copy, summed per row likewise. Nothing is added atomically. Where F is too
+wide to be held (or fp32, whose products need the registers), the hidden activations pass through memory and `_project_kernel` does the
+second product.
+
+A program has one tile. Programs that walk over several, as in grouped_matmul, were compiled: what does not change from tile to tile
+then stays in registers. On sm_90, for D 412 in bf16, the forward kernel went from 122 registers to 234 (180 with disable_licm), the
+backward one from 120 to 242 (180), `_project_kernel` from 104 to 134: above 128, one program of 8 warps fits a multiprocessor instead of
+two. In fp32 with F 64 the forward kernel spilled 64 bytes.
 
 Letters, here only: M copies of a tile, K the dimension a product sums over, N its columns; D, F as everywhere. Tensors are contiguous;
 D, F and the strides that follow are constants of a compilation, so that D 412 is loaded 8 bytes at a time and not 2.
@@ -27,10 +32,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.grouped_matmul.kernel import indexed, precision, tile_of
+from kernels.grouped_matmul.schedule import order_bits
+from kernels.grouped_matmul.tiles import INTERPRETED, indexed, precision, tile_of
 from kernels.tuning import fastest, rounded
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,9 @@ class Tiles:
 
 
 @triton.jit
-def _place(offsets, num_groups, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr):
-    """The group of this program's tile, its copies, and which of them exist: none beyond the last tile."""
-    group, first, end = tile_of(tl.program_id(0), offsets, num_groups, BLOCK_M, BLOCK_L)
+def _place(tile, offsets, num_groups, bits, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr):
+    """The group of a tile, its copies, and which of them exist: none beyond the last tile."""
+    group, first, end = tile_of(tile, offsets, num_groups, BLOCK_M, BLOCK_L, bits)
     copies = first + tl.arange(0, BLOCK_M)
     return group.to(tl.int64), copies.to(tl.int64), copies < end, first < end
 
@@ -99,14 +103,14 @@ def _scales(gates, factors, copies, kept, inside, stored):
     return gate, 1.0 if factors is None else tl.load(factors + kept, mask=stored, other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_groups"])
+@triton.jit(do_not_specialize=["num_groups", "bits"])
 def _forward_kernel(
-    rows, up, down, gates, factors, row_index, offsets, partials, gated, hidden, num_groups,
+    rows, up, down, gates, factors, row_index, offsets, partials, gated, hidden, num_groups, bits,
     D: tl.constexpr, F: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u = gate * relu(x @ W1) [* factors]; then u @ W2 into partials, or u into gated. relu(x @ W1) into hidden, to be kept."""
-    group, copies, inside, exists = _place(offsets, num_groups, BLOCK_M, BLOCK_L)
+    group, copies, inside, exists = _place(tl.program_id(0), offsets, num_groups, bits, BLOCK_M, BLOCK_L)
     if not exists:
         return
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -126,10 +130,10 @@ def _forward_kernel(
         _spread(u, down + group * D * F, partials, copies, inside, D, F, D, 1, BLOCK_F, BLOCK_D, PRECISION)
 
 
-@triton.jit(do_not_specialize=["num_groups", "num_copies"])
+@triton.jit(do_not_specialize=["num_groups", "num_copies", "bits"])
 def _backward_kernel(
     gradient, rows, up, down, gates, factors, row_index, output_index, offsets, hidden, gated, hidden_gradient, gate_gradient,
-    partials, num_groups, num_copies,
+    partials, num_groups, num_copies, bits,
     D: tl.constexpr, F: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +141,7 @@ def _backward_kernel(
 
     Writes both, and u again for W2's gradient; hidden_gradient @ W1^T into partials if the tile holds all of F.
     """
-    group, copies, inside, exists = _place(offsets, num_groups, BLOCK_M, BLOCK_L)
+    group, copies, inside, exists = _place(tl.program_id(0), offsets, num_groups, bits, BLOCK_M, BLOCK_L)
     if not exists:
         return
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -145,7 +149,7 @@ def _backward_kernel(
     stored = inside[:, None] & (f < F)[None, :]
     v = _product(
         gradient, indexed(output_index, copies, inside), inside, down + group * D * F, f, D, F, 1, D, BLOCK_K, PRECISION
-    )
+    )  # fmt: skip
     if hidden is not None:
         h = tl.load(hidden + kept, mask=stored, other=0.0).to(tl.float32)
     else:
@@ -155,8 +159,8 @@ def _backward_kernel(
         h = tl.where(h < 0, 0.0, h)
     gate, factor = _scales(gates, factors, copies, kept, inside, stored)
     v = v * factor
-    gate_gradient += tl.program_id(1).to(tl.int64) * num_copies
-    tl.store(gate_gradient + copies, tl.sum(v * h, 1), mask=inside)
+    of_block = gate_gradient + tl.program_id(1).to(tl.int64) * num_copies
+    tl.store(of_block + copies, tl.sum(v * h, 1), mask=inside)
     tl.store(gated + kept, (h * gate[:, None] * factor).to(gated.dtype.element_ty), mask=stored)
     v = tl.where(h <= 0, 0.0, v * gate[:, None]).to(rows.dtype.element_ty)
     tl.store(hidden_gradient + kept, v, mask=stored)
@@ -169,38 +173,14 @@ def _project_kernel(
     held, weights, offsets, partials, num_groups, D: tl.constexpr, F: tl.constexpr, STRIDE_F: tl.constexpr, STRIDE_D: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partials = held (C, F) @ weights[group] (F, D), for an F that a tile cannot hold."""
-    group, copies, inside, exists = _place(offsets, num_groups, BLOCK_M, BLOCK_L)
+    """partials = held (C, F) @ weights[group] (F, D), for an F that a tile cannot hold. Each of its rows is read by one group only."""
+    group, copies, inside, exists = _place(tl.program_id(0), offsets, num_groups, 0, BLOCK_M, BLOCK_L)
     if not exists:
         return
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = _product(held, copies, inside, weights + group * D * F, d, F, D, STRIDE_F, STRIDE_D, BLOCK_K, PRECISION)
     stored = inside[:, None] & (d < D)[None, :]
     tl.store(partials + copies[:, None] * D + d[None, :], acc.to(partials.dtype.element_ty), mask=stored)
-
-
-@triton.jit
-def _weight_gradient_kernel(
-    left, left_index, right, right_index, offsets, result, X: tl.constexpr, Y: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """result[group] (X, Y) = sum over the group's copies of left (X,) times right (Y,); rows of both through an index if given."""
-    blocks_y = tl.cdiv(Y, BLOCK_Y)
-    x = (tl.program_id(0) // blocks_y) * BLOCK_X + tl.arange(0, BLOCK_X)
-    y = (tl.program_id(0) % blocks_y) * BLOCK_Y + tl.arange(0, BLOCK_Y)
-    group = tl.program_id(1).to(tl.int64)
-    start = tl.load(offsets + group - 1, mask=group > 0, other=0)
-    end = tl.load(offsets + group)
-    acc = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
-    for first in range(start, end, BLOCK_K):
-        copies = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
-        inside = copies < end
-        of_left, of_right = indexed(left_index, copies, inside), indexed(right_index, copies, inside)
-        a = tl.load(left + of_left[None, :] * X + x[:, None], mask=inside[None, :] & (x < X)[:, None], other=0.0)
-        b = tl.load(right + of_right[:, None] * Y + y[None, :], mask=inside[:, None] & (y < Y)[None, :], other=0.0)
-        acc = _dot(a, b, acc, PRECISION)
-    place = group * X * Y + x[:, None] * Y + y[None, :]
-    tl.store(result + place, acc.to(result.dtype.element_ty), mask=(x < X)[:, None] & (y < Y)[None, :])
 
 
 def forward(
@@ -215,9 +195,10 @@ def forward(
 
     def launch(tiles: Tiles) -> None:
         gated_CF = None if tiles.f >= expert_dim else rows_RD.new_empty(num_copies, expert_dim)
-        _forward_kernel[_grid(num_copies, num_groups, tiles, expert_dim)](
-            rows_RD, up_LDF, down_LFD, gates_C, factors_CF, row_index_C, offsets_L, partials_CD, gated_CF, hidden_CF,
-            num_groups, d_model, expert_dim, **_blocks(tiles, num_groups), BLOCK_F=tiles.f, PRECISION=precision(),
+        _forward_kernel[_num_tiles(num_copies, num_groups, tiles), triton.cdiv(expert_dim, tiles.f)](
+            rows_RD, up_LDF, down_LFD, gates_C, factors_CF, row_index_C, offsets_L, partials_CD, gated_CF, hidden_CF, num_groups,
+            _bits(num_copies, up_LDF, tiles, matrices=1 if gated_CF is not None else 2),
+            d_model, expert_dim, **_blocks(tiles, num_groups), BLOCK_F=tiles.f, PRECISION=precision(),
         )  # fmt: skip
         if gated_CF is not None:
             _project(gated_CF, down_LFD, offsets_L, partials_CD, (d_model, 1), tiles)
@@ -249,11 +230,12 @@ def backward(
     rows_CD = rows_RD.new_empty(num_copies, d_model) if of_rows else None
 
     def launch(tiles: Tiles) -> Tensor:
-        grid = _grid(num_copies, num_groups, tiles, expert_dim)
-        gate_BC = gates_C.new_empty(grid[1], num_copies)
-        _backward_kernel[grid](
+        blocks = triton.cdiv(expert_dim, tiles.f)
+        gate_BC = gates_C.new_empty(blocks, num_copies)
+        _backward_kernel[_num_tiles(num_copies, num_groups, tiles), blocks](
             gradient_PD, rows_RD, up_LDF, down_LFD, gates_C, factors_CF, row_index_C, output_index_C, offsets_L, hidden_CF,
             gated_CF, found_CF, gate_BC, rows_CD if tiles.f >= expert_dim else None, num_groups, num_copies,
+            _bits(num_copies, up_LDF, tiles, matrices=2 if hidden_CF is None or blocks == 1 else 1),
             d_model, expert_dim, **_blocks(tiles, num_groups), BLOCK_F=tiles.f, PRECISION=precision(),
         )  # fmt: skip
         if rows_CD is not None and tiles.f < expert_dim:
@@ -266,35 +248,31 @@ def backward(
     return CopyGradients(gated_CF, found_CF, gate_C, rows_CD)
 
 
-def weight_gradient(
-    left: Tensor, right: Tensor, *, left_index_C: Tensor | None, right_index_C: Tensor | None, offsets_L: Tensor
-) -> Tensor:  # fmt: skip
-    """(L, X, Y): for each group the sum over its copies of left (X) times right (Y). A group without copies gets zeros."""
-    x_dim, y_dim = left.shape[1], right.shape[1]
-    result_LXY = left.new_empty(len(offsets_L), x_dim, y_dim)
-    block, block_k, num_warps = (64, 32, 4) if left.dtype == torch.float32 else (128, 64, 8)
-    block_x, block_y = (min(block, max(16, triton.next_power_of_2(dim))) for dim in (x_dim, y_dim))
-    _weight_gradient_kernel[triton.cdiv(x_dim, block_x) * triton.cdiv(y_dim, block_y), len(offsets_L)](
-        left, left_index_C, right, right_index_C, offsets_L, result_LXY, x_dim, y_dim,
-        BLOCK_X=block_x, BLOCK_Y=block_y, BLOCK_K=block_k, PRECISION=precision(), num_warps=num_warps, num_stages=3,
-    )  # fmt: skip
-    return result_LXY
-
-
 def _project(
     held_CF: Tensor, weights: Tensor, offsets_L: Tensor, partials_CD: Tensor, strides: tuple[int, int], tiles: Tiles
 ) -> None:  # fmt: skip
     """partials = held @ weights; strides: of the weights in F and in D."""
     (num_copies, expert_dim), d_model, num_groups = held_CF.shape, partials_CD.shape[1], len(offsets_L)
-    _project_kernel[_grid(num_copies, num_groups, tiles, expert_dim)[0], triton.cdiv(d_model, tiles.d)](
+    _project_kernel[_num_tiles(num_copies, num_groups, tiles), triton.cdiv(d_model, tiles.d)](
         held_CF, weights, offsets_L, partials_CD, num_groups, d_model, expert_dim, *strides,
         **_blocks(tiles, num_groups), PRECISION=precision(),
     )  # fmt: skip
 
 
-def _grid(num_copies: int, num_groups: int, tiles: Tiles, expert_dim: int) -> tuple[int, int]:
+def _num_tiles(num_copies: int, num_groups: int, tiles: Tiles) -> int:
     """An upper bound of the tiles, known without reading the offsets from the device: each group may have a part-filled one."""
-    return triton.cdiv(num_copies, tiles.m) + min(num_groups, num_copies), triton.cdiv(expert_dim, tiles.f)
+    return triton.cdiv(num_copies, tiles.m) + min(num_groups, num_copies)
+
+
+def _bits(num_copies: int, up_LDF: Tensor, tiles: Tiles, *, matrices: int) -> int:
+    """The order of tiles for a launch that reads up, or down, or both."""
+    return order_bits(
+        copies=num_copies,
+        groups=len(up_LDF),
+        block=tiles.m,
+        weight_bytes=matrices * up_LDF.numel() * up_LDF.itemsize,
+        device=up_LDF.device,
+    )
 
 
 def _blocks(tiles: Tiles, num_groups: int) -> dict[str, int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.expert_mlp import kernel
+from kernels.grouped_matmul.kernel import Rows, launch_weight_gradient
 from kernels.sum_copies.kernel import add
 
 
@@ -78,12 +79,10 @@ def backward_op(
     if found.rows_CD is not None:
         rows_gradient = add(found.rows_CD, row_order_C, row_ends_R)
     if of_up:
-        up_gradient = kernel.weight_gradient(
-            rows_RD, found.hidden_CF, left_index_C=row_index_C, right_index_C=None, offsets_L=offsets_L
-        )
+        up_gradient = launch_weight_gradient(Rows(rows_RD, row_index_C), Rows(found.hidden_CF, None), offsets_L, None)
     if of_down:
-        down_gradient = kernel.weight_gradient(
-            found.gated_CF, gradient_PD, left_index_C=None, right_index_C=output_index_C, offsets_L=offsets_L
+        down_gradient = launch_weight_gradient(
+            Rows(found.gated_CF, None), Rows(gradient_PD, output_index_C), offsets_L, None
         )
     return rows_gradient, up_gradient, down_gradient, found.gates_C
 

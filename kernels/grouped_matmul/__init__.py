@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from kernels.availability import why_not_triton
-from kernels.grouped_matmul.checks import check_offsets, check_routes, check_routes_in_range, check_shapes
+from kernels.grouped_matmul.checks import check_copies, check_offsets, check_routes, check_routes_in_range, check_shapes
 from kernels.grouped_matmul.cpu import by_loop, by_torch, why_not_torch
 from kernels.grouped_matmul.reference import reference
 from kernels.grouped_matmul.routed import Routes, by_parts
+from kernels.sum_copies import RowCopies
 
 PLAIN = {"torch": by_torch, "loop": by_loop, "reference": reference}
 BACKENDS = (*PLAIN, "triton")
@@ -33,6 +34,8 @@ def grouped_matmul(
     gate_side: str = "after",
     output_index_C: Tensor | None = None,
     num_outputs: int | None = None,
+    output_copies: RowCopies | None = None,
+    row_copies: RowCopies | None = None,
 ) -> Tensor:
     """Multiply copies offsets_G[g-1] to offsets_G[g] by weights_GMN[g].
 
@@ -51,6 +54,8 @@ def grouped_matmul(
         gate_side: "before" the matmul (on its input) or "after" the activation.
         output_index_C: int32 or int64, the output row that each copy adds to, in [0, num_outputs).
         num_outputs: P, given with output_index_C.
+        output_copies, row_copies: what `RowCopies.of` makes of the two indices, where the caller has it: a sort of C numbers, which
+            "triton" alone needs and otherwise makes, once for both passes, and once where the two indices are one tensor and R is P.
 
     Returns:
         rows_CN, or sums_PN with an output index (float32 sums, rounded once; no copy gives exactly zero), in the dtype of
@@ -70,10 +75,13 @@ def grouped_matmul(
         gate_side=gate_side,
         output_index_C=output_index_C,
         num_outputs=num_outputs,
+        output_copies=output_copies,
+        row_copies=row_copies,
     )
     check_shapes(rows_RM, weights_GMN, offsets_G=offsets_G)
     num_copies = rows_RM.shape[0] if row_index_C is None else row_index_C.shape[0]
     check_routes(routes, num_copies=num_copies, device=rows_RM.device)
+    check_copies(routes, num_rows=rows_RM.shape[0])
     device_type = rows_RM.device.type
     if torch.is_autocast_enabled(device_type):
         rows_RM, weights_GMN = _as_autocast(rows_RM), _as_autocast(weights_GMN)
@@ -135,8 +143,14 @@ def _why_not(backend: str, dtype: torch.dtype, *, device_type: str, widths: Iter
 
 
 def _by_triton(rows_RM: Tensor, weights_GMN: Tensor, offsets_G: Tensor, routes: Routes) -> Tensor:
-    from kernels.grouped_matmul.kernel import forward
+    from kernels.grouped_matmul.op import forward
 
+    output, row = routes.output_copies, routes.row_copies
+    if output is None and routes.output_index_C is not None and routes.num_outputs is not None:
+        output = RowCopies.of(routes.output_index_C, num_rows=routes.num_outputs)
+    if row is None and routes.row_index_C is not None and rows_RM.requires_grad and torch.is_grad_enabled():
+        same = routes.row_index_C is routes.output_index_C and len(rows_RM) == routes.num_outputs
+        row = output if same else RowCopies.of(routes.row_index_C, num_rows=len(rows_RM))
     return forward(
         rows_RM,
         weights_GMN,
@@ -144,7 +158,8 @@ def _by_triton(rows_RM: Tensor, weights_GMN: Tensor, offsets_G: Tensor, routes: 
         offsets_G,
         routes.row_index_C,
         routes.output_index_C,
-        routes.num_outputs or 0,
+        *((output.order_C, output.ends_P) if output else (None, None)),
+        *((row.order_C, row.ends_P) if row else (None, None)),
         routes.activation == "relu",
         routes.gate_side == "before",
     )

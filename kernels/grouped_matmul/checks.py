@@ -59,6 +59,23 @@ def check_routes(routes: Routes, *, num_copies: int, device: torch.device) -> No
             )
 
 
+def check_copies(routes: Routes, *, num_rows: int) -> None:
+    """That RowCopies which the caller made belong to an index of these sizes."""
+    for name, copies, index_C, size in (
+        ("output_copies", routes.output_copies, routes.output_index_C, routes.num_outputs),
+        ("row_copies", routes.row_copies, routes.row_index_C, num_rows),
+    ):
+        if copies is None:
+            continue
+        found = [tuple(each.shape) for each in (copies.order_C, copies.ends_P)]
+        if index_C is None or found != [tuple(index_C.shape), (size,)]:
+            wanted = "none without an index" if index_C is None else f"order {list(index_C.shape)} and ends [{size}]"
+            raise ValueError(
+                f"{name} must be what RowCopies.of makes of its index, {wanted}, got order {list(found[0])} and ends {list(found[1])}: "
+                "make them from the index that is given, or leave them out"
+            )
+
+
 def check_routes_in_range(routes: Routes, *, num_rows: int) -> None:
     """Reads the indices: on a GPU that would wait for the device."""
     for name, index_C, size in (

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.sum_copies import RowCopies
+
 ACTIVATIONS = ("none", "relu")
 GATE_SIDES = ("before", "after")
 
@@ -24,6 +26,8 @@ class Routes:
     gate_side: str = "after"
     output_index_C: Tensor | None = None
     num_outputs: int | None = None
+    output_copies: RowCopies | None = None
+    row_copies: RowCopies | None = None
 
 
 def by_parts(

@@ -10,6 +10,7 @@ Tiles of output rows would write N / K only, and read the M x N weights of each 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kernels.grouped_matmul.schedule import WITHOUT_DEVICE, part_length
 from kernels.traffic import Example
 
 FLOAT, INT = 4, 4  # gates and dot products; offsets and the order of copies
@@ -28,7 +29,8 @@ class Traffic:
 class Shape:
     """Copies of each group, R rows of width M, P output rows of width N; every row and output row has a copy.
 
-    tile: rows and columns of a program; sum_tile: of a program of the sum.
+    tile: rows and columns; weight_tile: of the weights' gradient, and the copies of a step; sum_tile: of a program of the sum;
+    sum_block: numbers that a program of the sum of parts owns.
     """
 
     sizes: tuple[int, ...]
@@ -39,7 +41,9 @@ class Shape:
     itemsize: int = 2
     index_size: int = 8
     tile: tuple[int, int] = (64, 128)
+    weight_tile: tuple[int, int, int] = (128, 128, 64)
     sum_tile: tuple[int, int] = (16, 128)
+    sum_block: int = 1024
 
     @property
     def copies(self) -> int:
@@ -83,21 +87,38 @@ def backward(shape: Shape) -> dict[str, Traffic]:
         read=gradient + rows + shape.used_weights + shape.per_copy + offsets,
         written=_rows(shape, shape.width_in) + shape.copies * FLOAT * columns,
     )
-    row_tiles, column_tiles = -(-shape.width_in // shape.tile[0]), -(-shape.width_out // shape.tile[1])
-    tiles = row_tiles * column_tiles
-    weight_gradient = Traffic(
-        asked=_rows(shape, shape.width_in) * column_tiles
-        + _rows(shape, shape.width_out) * row_tiles
-        + shape.per_copy * tiles
-        + (2 * len(shape.sizes) - 1) * INT * tiles,
-        read=gradient + rows + shape.per_copy + offsets,
-        written=len(shape.sizes) * shape.width_in * shape.width_out * shape.itemsize,
-    )
     return {
         "row gradient": row_gradient,
         "sum": _sum(shape, shape.rows, shape.width_in),
-        "weight gradient": weight_gradient,
+        **weight_gradient(shape),
     }
+
+
+def weight_gradient(shape: Shape) -> dict[str, Traffic]:
+    """By launch, with gates: one that writes the gradient, or one that writes the float32 sums of parts and one that adds them."""
+    rows, columns, step = shape.weight_tile
+    row_tiles, column_tiles = -(-shape.width_in // rows), -(-shape.width_out // columns)
+    tiles, groups, numbers = row_tiles * column_tiles, len(shape.sizes), shape.width_in * shape.width_out
+    ends = (shape.rows * shape.width_in + shape.outputs * shape.width_out) * shape.itemsize
+    length = part_length(copies=shape.copies, groups=groups, tiles=tiles, block=step)
+    parts = groups if length is None else sum(-(-size // length) for size in shape.sizes)
+    # A program reads where its group starts and ends; to find the group of a part, all starts and ends.
+    programs = 1 if length is None else -(-shape.copies // length) + groups
+    product = Traffic(
+        asked=_rows(shape, shape.width_in) * column_tiles
+        + _rows(shape, shape.width_out) * row_tiles
+        + shape.per_copy * tiles
+        + programs * (2 * groups - 1) * INT * tiles,
+        read=ends + shape.per_copy + groups * INT,
+        written=parts * numbers * (shape.itemsize if length is None else FLOAT),
+    )
+    if length is None:
+        return {"weight gradient": product}
+    written = parts * numbers * FLOAT
+    # A program of group g reads the ends of 0 to g and the starts of 1 to g.
+    places = groups * groups * -(-numbers // shape.sum_block) * INT
+    sums = Traffic(written + places, written + groups * INT, groups * numbers * shape.itemsize)
+    return {"weight gradient": product, "sum of parts": sums}
 
 
 def forward_bound(shape: Shape) -> int:
@@ -124,10 +145,11 @@ def _weights(shape: Shape) -> int:
 
 
 def _offsets(shape: Shape, columns: int) -> int:
-    """Every program of the grid reads the ends of all groups, and all but the last again as starts."""
+    """For each tile, and once for their number, a program reads the ends of all groups, and all but the last again as starts."""
     groups = len(shape.sizes)
-    programs = columns * (-(-shape.copies // shape.tile[0]) + min(groups, shape.copies))
-    return programs * (2 * groups - 1) * INT
+    most = columns * (-(-shape.copies // shape.tile[0]) + min(groups, shape.copies))
+    tiles = columns * sum(-(-size // shape.tile[0]) for size in shape.sizes)
+    return (min(WITHOUT_DEVICE, most) + tiles) * (2 * groups - 1) * INT
 
 
 def _sum(shape: Shape, num_rows: int, width: int) -> Traffic:

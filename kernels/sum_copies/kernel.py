@@ -14,9 +14,11 @@ from torch import Tensor
 BLOCK_P, BLOCK_N = 16, 128  # 16 rows wait for each other's last copy; most rows have equally many
 
 
-@triton.jit
-def sum_kernel(copies_ptr, order_ptr, ends_ptr, sums_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    column_blocks = tl.cdiv(N, BLOCK_N)
+@triton.jit(do_not_specialize=["P"])
+def sum_kernel(
+    copies_ptr, order_ptr, ends_ptr, sums_ptr, P, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    column_blocks: tl.constexpr = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
     p = (program // column_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = (program % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -39,7 +41,7 @@ def add(copies_CN: Tensor, order_C: Tensor, ends_P: Tensor) -> Tensor:
     P, N = sums_PN.shape
     if sums_PN.numel():
         grid = (triton.cdiv(P, BLOCK_P) * triton.cdiv(N, BLOCK_N),)
-        sum_kernel[grid](copies_CN, order_C, ends_P, sums_PN, P, N, BLOCK_P=BLOCK_P, BLOCK_N=BLOCK_N)
+        sum_kernel[grid](copies_CN, order_C, ends_P, sums_PN, P, N=N, BLOCK_P=BLOCK_P, BLOCK_N=BLOCK_N)
     return sums_PN
 
 

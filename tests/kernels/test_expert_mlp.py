@@ -45,6 +45,7 @@ CASES = {
     "C0_D8_F8_L2_no_outputs": Case([0, 0], 8, 8, 3, 0),
     "C12_D1_F1_L2_scalars": Case([5, 7], 1, 1, 4, 4, factors=True),
     "C37_D64_F64_L2_all_to_one_output": Case([30, 7], 64, 64, 6, 1),
+    "C150_D16_F16_L2_groups_advance_together": Case([110, 40], 16, 16, 20, 16),
 }
 
 

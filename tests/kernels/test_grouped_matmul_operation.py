@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels.grouped_matmul import choose_backend, grouped_matmul
+from kernels.sum_copies import RowCopies
 from tests.kernels.routes import ALL, Case, Inputs, assert_same, compute, inputs_of, loop
 
 Interpreted = Callable[..., Any]
@@ -66,21 +68,91 @@ def test_a_gradient_that_nobody_needs_is_not_computed(
 
 def check_the_operation() -> None:
     """torch's own check of a custom operation: schema, fake tensors, autograd registration."""
-    from kernels.grouped_matmul.kernel import backward, forward
+    from kernels.grouped_matmul.op import backward, forward
 
     given = inputs_of(Case((3, 0, 5), 8, 12, **ALL, gate_side="after", dtype="bfloat16"))
     leaves = [given[name].requires_grad_() for name in ("rows", "weights", "gates")]
     offsets = torch.tensor([3, 3, 8], dtype=torch.int32)
-    args = (*leaves, offsets, given["row_index"], given["output_index"], 7, False, False)
-    torch.library.opcheck(forward, args)
+    output, row = (RowCopies.of(given[name], num_rows=size) for name, size in (("output_index", 7), ("row_index", 9)))
+    indices = (given["row_index"], given["output_index"])
+    copies = (output.order_C, output.ends_P, row.order_C, row.ends_P)
+    torch.library.opcheck(forward, (*leaves, offsets, *indices, *copies, False, False))
     plain = [leaf.detach() for leaf in leaves]
     for needs in ((True, True, True), (False, True, False), (False, False, True)):
-        args = (given["gradient"], *plain, offsets, given["row_index"], given["output_index"], False, False, *needs)
+        args = (given["gradient"], *plain, offsets, *indices, row.order_C, row.ends_P, False, False, *needs)
         torch.library.opcheck(backward, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_torch_finds_nothing_wrong_with_the_operation(interpreted: Interpreted) -> None:
     interpreted(check_the_operation)
+
+
+def sorts_of_a_pass(prepared: bool, one_index: bool, grad: bool) -> tuple[list[int], dict[str, Tensor]]:
+    """How often RowCopies.of sorts in the forward and in the backward pass; what comes out."""
+    case = Case((7, 1, 13, 0, 17), 12, 20, num_rows=7, num_outputs=7, gate_side="after")
+    inputs = inputs_of(case)
+    if one_index:
+        inputs["output_index"] = inputs["row_index"]
+    copies = {"output_copies": inputs["output_index"], "row_copies": inputs["row_index"]}
+    options = {name: RowCopies.of(index, num_rows=7) for name, index in copies.items()} if prepared else {}
+    of, counts = RowCopies.of, [0, 0]
+
+    def counted(index_C: Tensor, *, num_rows: int) -> RowCopies:
+        counts[backward] += 1
+        return of(index_C, num_rows=num_rows)
+
+    def matmul(rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal backward
+        backward = 0
+        output = grouped_matmul(rows if grad else rows.detach(), *args, **kwargs, **options)
+        backward = 1
+        return output if grad else output + 0.0 * rows.sum()
+
+    backward = 0
+    with patch.object(RowCopies, "of", counted):
+        return counts, compute(case, inputs, "triton", matmul)
+
+
+@pytest.mark.parametrize(
+    ("prepared", "one_index", "grad", "sorts"),
+    [(True, False, True, 0), (False, False, True, 2), (False, True, True, 1), (False, False, False, 1)],
+    ids=["given", "two_indices", "one_index", "rows_without_gradient"],
+)
+def test_copies_are_sorted_once_for_both_passes_and_not_where_they_are_given(
+    interpreted: Interpreted, prepared: bool, one_index: bool, grad: bool, sorts: int
+) -> None:
+    counts, found = interpreted(sorts_of_a_pass, prepared, one_index, grad)
+    assert counts == [sorts, 0]
+    case = Case((7, 1, 13, 0, 17), 12, 20, num_rows=7, num_outputs=7, gate_side="after")
+    inputs = inputs_of(case)
+    if one_index:
+        inputs["output_index"] = inputs["row_index"]
+    wanted = loop(case, inputs)
+    assert_same(found, wanted if grad else wanted | {"gradient of rows": torch.zeros(7, 12).double()})
+
+
+COPIES = RowCopies.of(torch.tensor([0, 1, 2, 3, 4, 5]), num_rows=6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row_copies": COPIES}, r"row_copies must be .* none without an index, got order \[6\] and ends \[6\]"),
+        (
+            {"row_copies": COPIES, "row_index_C": torch.zeros(5, dtype=torch.int64)},
+            r"order \[5\] and ends \[6\], got order \[6\] and ends \[6\]",
+        ),
+        (
+            {"output_copies": COPIES, "output_index_C": torch.zeros(6, dtype=torch.int64), "num_outputs": 4},
+            r"output_copies must be .* order \[6\] and ends \[4\], got order \[6\] and ends \[6\]: make them from",
+        ),
+    ],
+)
+def test_copies_of_another_index_are_refused(change: dict[str, Any], message: str) -> None:
+    copies = len(change.get("row_index_C", range(6)))
+    call = {"offsets_G": torch.tensor([1, 3, copies], dtype=torch.int32), "backend": "reference"} | change
+    with pytest.raises(ValueError, match=message):
+        grouped_matmul(torch.ones(6, 8), torch.ones(3, 8, 4), **call)
 
 
 def test_autocast_computes_in_bf16_with_fp32_gradients_at_fp32_leaves(interpreted: Interpreted) -> None:

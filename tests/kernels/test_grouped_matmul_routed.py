@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.routes import ALL, Case, assert_same, compute, compute_in_small_tiles, inputs_of, loop
+from tests.kernels.routes import ALL, Case, Inputs, assert_same, compute, compute_in_small_tiles, inputs_of, loop
 
 Interpreted = Callable[..., Any]
 PLAIN_BACKENDS = ("torch", "loop", "reference")
@@ -32,7 +33,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("function", [compute, compute_in_small_tiles])
+def compute_all_in_small_tiles(case: Case, inputs: Inputs, backend: str) -> dict[str, Tensor]:
+    """The gradient of the weights too."""
+    import kernels.grouped_matmul.weight_gradient as weights
+
+    with patch.object(weights, "weight_tiles_for", lambda dtype: (weights.Tiles(16, 16, 16, 4, 2),)):
+        return compute_in_small_tiles(case, inputs, backend)
+
+
+@pytest.mark.parametrize("function", [compute, compute_all_in_small_tiles])
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_equal_the_loop(interpreted: Interpreted, case: str, function: Callable[..., Any]) -> None:
     inputs = inputs_of(CASES[case])
@@ -94,7 +103,7 @@ def test_strides_do_not_matter(interpreted: Interpreted, which: str, strides: st
     inputs = inputs_of(case)
     inputs[which] = STRIDES[strides](inputs[which])
     assert not inputs[which].is_contiguous()
-    assert_same(interpreted(compute_in_small_tiles, case, inputs, "triton"), loop(case, inputs))
+    assert_same(interpreted(compute_all_in_small_tiles, case, inputs, "triton"), loop(case, inputs))
 
 
 def test_nan_stays_in_its_group(interpreted: Interpreted) -> None:

@@ -16,6 +16,9 @@ LAYERS: dict[str, LayerSection] = {
         {"num_heads": 2, "head_dim": 6, "num_experts": 3, "top_k": 2, "experts": ("q", "k", "v", "o")}
     ),
     "sigma_moe": SigmaMoEConfig.model_validate({"num_experts": 4, "expert_dim": 12, "top_k": 2}),
+    "sigma_moe, hidden kept": SigmaMoEConfig.model_validate(
+        {"num_experts": 4, "expert_dim": 12, "top_k": 2, "keep_hidden": True}
+    ),
     "sigma_moe with hidden dropout": SigmaMoEConfig.model_validate(
         {"num_experts": 4, "expert_dim": 12, "top_k": 2, "num_shared_experts": 1, "hidden_dropout": 0.4}
     ),
@@ -33,9 +36,9 @@ def forward_and_backward(kind: str, backend: str) -> dict[str, torch.Tensor]:
     return {"y": y.detach(), "x": x.grad, **found}
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_a_layer_by_the_kernels_equals_the_layer_by_the_reference(interpreted, kind: str):
-    expected, found = forward_and_backward(kind, "reference"), interpreted(forward_and_backward, kind, "triton")
+@pytest.mark.parametrize(("kind", "backend"), [*((kind, "triton") for kind in LAYERS), ("switchhead", "triton_dense")])
+def test_a_layer_by_the_kernels_equals_the_layer_by_the_reference(interpreted, kind: str, backend: str):
+    expected, found = forward_and_backward(kind, "reference"), interpreted(forward_and_backward, kind, backend)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert value.any(), name

@@ -1,0 +1,248 @@
+"""Times of GPU work, and what every GPU benchmark says about them: hardware, speeds, routes, medians, met or missed, profiles.
+
+Owns these and no benchmark. On a CPU nothing is timed: `Machine.measures` is false, and a benchmark then shows that it runs.
+Called by: benchmarks/gpu/kernel_bench.py, benchmarks/gpu/layers.py and benchmarks/gpu/training.py. It does not import triton, so that
+a benchmark can first choose the interpreter.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+CALLS, WARM_UP = 30, 5
+NOT_MEASURED = "not measured"
+QUEUED_CYCLES = 5_000_000  # 2.5 ms at 2 GHz: longer than the launches of a backward pass take
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a GPU could do: FLOP/s of bf16 products without sparsity, bytes/s of its memory."""
+
+    flops: float
+    bandwidth: float
+
+
+KNOWN = {"H100": Speeds(989e12, 3.35e12), "H200": Speeds(989e12, 4.8e12)}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a benchmark runs. measures: false for the small form on a CPU, whose times would mean nothing."""
+
+    device: torch.device
+    name: str
+
+    @property
+    def measures(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def cache_bytes(self) -> int:
+        return torch.cuda.get_device_properties(self.device).L2_cache_size if self.measures else 0
+
+
+def find_machine(*, smoke: bool) -> Machine:
+    """The CPU for `smoke`, else the GPU that is here; RuntimeError if there is none."""
+    if smoke:
+        return Machine(torch.device("cpu"), "no GPU: a small form on the CPU, which proves that it runs")
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "a GPU benchmark needs a GPU, but torch sees none: run it on a machine with one, or see its small form with --smoke"
+        )
+    return Machine(torch.device("cuda", 0), torch.cuda.get_device_name())
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `speeds_of` is given."""
+    parser.add_argument("--peak-tflops", type=float, help="of bf16 products, for a GPU that is not known here")
+    parser.add_argument("--bandwidth-gb", type=float, help="of the GPU's memory, in GB/s")
+
+
+def speeds_of(machine: Machine, args: argparse.Namespace) -> Speeds:
+    """What is given, else what is known of the GPU (of an H100 for the small form); ValueError if nothing is."""
+    if args.peak_tflops and args.bandwidth_gb:
+        return Speeds(args.peak_tflops * 1e12, args.bandwidth_gb * 1e9)
+    name = machine.name if machine.measures else "H100"
+    speeds = next((speeds for known, speeds in KNOWN.items() if known in name), None)
+    if speeds is None:
+        raise ValueError(
+            f"the speeds of the GPU must be known, but {name} is none of {', '.join(KNOWN)}: pass --peak-tflops and --bandwidth-gb"
+        )
+    return speeds
+
+
+def commit() -> str:
+    """SWITCHYARD_COMMIT where it is set (a copy of the tree may have no .git), else what git says."""
+    if named := os.environ.get("SWITCHYARD_COMMIT"):
+        return named
+    return _output("git", "describe", "--always", "--dirty") or "unknown"
+
+
+def _output(*command: str) -> str:
+    """What a program prints, "" where there is none."""
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def header(machine: Machine, *, title: str, notes: Sequence[str] = ()) -> str:
+    """The head of a result: what, where, by which code and command."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+    module = sys.modules["__main__"].__spec__
+    command = " ".join(["python -m", module.name if module else Path(sys.argv[0]).name, *sys.argv[1:]])
+    lines = [
+        f"# {title}",
+        "",
+        f"- hardware: {machine.name}",
+        f"- commit {commit()}, python {platform.python_version()}, torch {versions['torch']}, triton {versions['triton']}",
+        f"- command: `{command}`",
+        *(f"- {note}" for note in notes),
+    ]
+    return "\n".join(lines)
+
+
+def choose_experts(*, tokens: int, num_experts: int, top_k: int, zipf: bool, generator: torch.Generator) -> Tensor:
+    """Distinct experts of each token (T, K). Zipf 1.0: expert i is drawn in proportion to 1 / (i + 1); else all alike."""
+    chances_E = torch.arange(1, num_experts + 1, device=generator.device).float() ** (-1.0 if zipf else 0.0)
+    return torch.multinomial(chances_E.expand(tokens, -1), top_k, generator=generator)
+
+
+def num_sets(bytes_of_one: int, machine: Machine) -> int:
+    """So many input sets that a call finds nothing of its inputs in the L2 cache."""
+    return 2 + 2 * machine.cache_bytes // bytes_of_one
+
+
+def time_all(functions: Mapping[str, Callable[[int], object]], *, calls: int = CALLS) -> dict[str, list[float]]:
+    """Milliseconds of each call on the GPU. All functions in turn, so that a slow moment of the GPU hits all of them.
+
+    A function is given the number of its turn, by which it chooses among its input sets.
+    """
+    events = {
+        name: [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+        for name in functions
+    }
+    for turn in range(-WARM_UP, calls):
+        for name, function in functions.items():
+            # Work that is queued before, so that what is timed are the kernels and not their launches.
+            torch.cuda._sleep(QUEUED_CYCLES)
+            if turn < 0:
+                function(turn)
+                continue
+            start, end = events[name][turn]
+            start.record()
+            function(turn)
+            end.record()
+        torch.cuda.synchronize()
+    return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
+
+
+def run_once(functions: Mapping[str, Callable[[int], object]]) -> dict[str, list[float]]:
+    """What stands for `time_all` on a CPU: each function is called, nothing is measured."""
+    for function in functions.values():
+        function(0)
+    return {name: [] for name in functions}
+
+
+def milliseconds(values: Sequence[float]) -> str:
+    """Median ± half the distance of the quartiles."""
+    if not values:
+        return NOT_MEASURED
+    low, median, high = statistics.quantiles(values, n=4)
+    return f"{median:.3f} ± {(high - low) / 2:.3f}"
+
+
+def median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a measured number must reach, the limit included. percent: how it is printed."""
+
+    what: str
+    kind: str  # "at least" or "at most"
+    limit: float
+    percent: bool = False
+
+    def show(self, number: float) -> str:
+        return f"{number:.0%}" if self.percent else f"{number:.2f}"
+
+    def met(self, number: float) -> bool:
+        return number >= self.limit if self.kind == "at least" else number <= self.limit
+
+    def verdict(self, found: Mapping[str, float | None]) -> str:
+        """One line: met or missed, how often, and every figure."""
+        numbers = {name: number for name, number in found.items() if number is not None}
+        start = f"- bar: {self.what} {self.kind} {self.show(self.limit)}"
+        if not numbers:
+            return f"{start}: {NOT_MEASURED}"
+        good = sum(self.met(number) for number in numbers.values())
+        word = "met" if good == len(numbers) else f"**missed** ({good} of {len(numbers)} reach it)"
+        figures = "; ".join(f"{name} {self.show(number)}" for name, number in numbers.items())
+        return f"{start}: {word}. {figures}"
+
+
+def profile(function: Callable[[], object], machine: Machine, *, title: str, most: int = 15) -> str:
+    """A table of the kernels of one call after a warm one: name, launches, microseconds, share of all. On a CPU: of operators."""
+    from torch.profiler import ProfilerActivity
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if machine.measures else [])]
+    function()
+    with torch.profiler.profile(activities=activities) as recorded:
+        function()
+        if machine.measures:
+            torch.cuda.synchronize()
+    found = []
+    for event in recorded.key_averages():
+        if machine.measures and not str(event.device_type).endswith("CUDA"):
+            continue
+        time = event.self_device_time_total if machine.measures else event.self_cpu_time_total
+        found.append((time, event.count, event.key))
+    found.sort(reverse=True)
+    total = sum(time for time, *_ in found) or 1.0
+    lines = [
+        f"## {title}",
+        "",
+        f"{total:,.0f} us in all",
+        "",
+        "| kernel | launches | us | share |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| `{name[:100]}` | {count} | {time:,.1f} | {time / total:.1%} |" for time, count, name in found[:most]]
+    return "\n".join(lines) + "\n\n"
+
+
+def describe() -> str:
+    """What is here: GPU, driver, versions, commit."""
+    lines = [f"commit {commit()}, python {platform.python_version()} ({sys.executable})"]
+    for name in ("torch", "triton", "deepspeed", "megatron-core", "pydantic", "numpy"):
+        try:
+            lines.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name}: not installed")
+    if torch.cuda.is_available():
+        facts = torch.cuda.get_device_properties(0)
+        lines.append(
+            f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, {facts.multi_processor_count} multiprocessors, L2 "
+            f"{facts.L2_cache_size / 2**20:.0f} MiB, CUDA {torch.version.cuda}"
+        )
+        lines.append(_output("nvidia-smi", "--query-gpu=driver_version,clocks.sm,temperature.gpu", "--format=csv"))
+    else:
+        lines.append("no GPU that torch sees")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(describe())

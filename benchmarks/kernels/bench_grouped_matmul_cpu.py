@@ -1,0 +1,212 @@
+"""How fast each backend of grouped_matmul is on this CPU, beside one dense matmul of the same FLOPs.
+
+Owns: shapes, timing and the table. It checks every backend against the reference in float64 first (output, gradients),
+and prints no number if one is wrong. Does not own: what "auto" means (`choose_backend`, which follows this table).
+Called by: anyone, from the root of the clone: `python -m benchmarks.kernels.bench_grouped_matmul_cpu > FILE.md`;
+bench_grouped_matmul.py calls it where there is no GPU.
+"""
+
+import argparse
+import itertools
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.grouped_matmul import grouped_matmul
+from kernels.grouped_matmul.cpu import why_not_torch
+from kernels.grouped_matmul.reference import reference
+
+BACKENDS = ("torch", "loop")
+DTYPES = (torch.float32, torch.bfloat16)
+WARM_UP = 2  # calls that are not counted
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest element of the reference
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`rows` routed copies over `groups` experts, each width_in x width_out."""
+
+    name: str
+    rows: int
+    width_in: int
+    width_out: int
+    groups: int
+
+
+HEADER = """# grouped_matmul on CPU
+
+- command: `python -m benchmarks.kernels.bench_grouped_matmul_cpu{arguments}`
+- python {python}, torch {torch}, {cores} cores, {capability}
+- load of the machine before and after: {before:.1f} and {after:.1f} (processes that want a core)
+- milliseconds: median ± half the distance of the quartiles; in brackets the ratio to the dense matmul of the same FLOPs
+  (median of the ratios of neighbouring calls), and TFLOP/s
+
+| case | rows x in -> out | dtype | threads | pass | calls | dense | torch | loop |
+|---|---|---|---|---|---|---|---|---|"""
+
+SHAPES = (
+    Shape("tiny_cpu, MLP up", 8192, 128, 64, 16),
+    Shape("tiny_cpu, MLP down", 8192, 64, 128, 16),
+    Shape("tiny_cpu, V", 8192, 128, 32, 8),
+    Shape("tiny_cpu, O", 8192, 32, 128, 8),
+    Shape("d 412, 16 experts, k 2", 8192, 412, 128, 16),
+    Shape("d 412, 64 experts, k 4", 16384, 412, 128, 64),
+    Shape("d 512, 16 experts, k 4", 16384, 512, 128, 16),
+    Shape("d 512, 64 experts, k 4", 16384, 512, 128, 64),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    rows_RM: Tensor
+    weights_GMN: Tensor
+    offsets_G: Tensor
+    gradient_RN: Tensor
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: the median, and half the distance between the quartiles; and the ratio to the dense matmul."""
+
+    median: float
+    spread: float
+    ratio: float
+    calls: int
+
+
+def serving(shape: Shape, dtype: torch.dtype) -> list[str]:
+    """The backends that can compute this shape in this dtype."""
+    reason = why_not_torch(dtype, device_type="cpu", widths=(shape.width_in, shape.width_out))
+    return [backend for backend in BACKENDS if backend != "torch" or reason is None]
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
+    """Groups of unequal size: the chance of the most likely expert is 4 times that of the least likely one."""
+    generator = torch.Generator().manual_seed(0)
+    chances_G = torch.linspace(0.4, 1.6, shape.groups)
+    groups_R = torch.multinomial(chances_G, shape.rows, replacement=True, generator=generator)
+    counts_G = torch.bincount(groups_R, minlength=shape.groups)
+    return Inputs(
+        rows_RM=torch.randn(shape.rows, shape.width_in, generator=generator).to(dtype),
+        weights_GMN=(torch.randn(shape.groups, shape.width_in, shape.width_out, generator=generator) / 8).to(dtype),
+        offsets_G=counts_G.cumsum(0, dtype=torch.int32),
+        gradient_RN=torch.randn(shape.rows, shape.width_out, generator=generator).to(dtype),
+    )
+
+
+def check(shape: Shape, dtype: torch.dtype, backend: str) -> None:
+    """Raises RuntimeError unless output and both gradients are those of the reference in float64."""
+    inputs = make_inputs(shape, dtype)
+    actual = with_gradients(lambda r, w: grouped_matmul(r, w, offsets_G=inputs.offsets_G, backend=backend), inputs)
+    doubled = Inputs(
+        inputs.rows_RM.double(), inputs.weights_GMN.double(), inputs.offsets_G, inputs.gradient_RN.double()
+    )
+    expected = with_gradients(lambda r, w: reference(r, w, offsets_G=inputs.offsets_G), doubled)
+    for name, tensor, wanted in zip(
+        ("output", "gradient of rows", "gradient of weights"), actual, expected, strict=True
+    ):
+        error = ((tensor.double() - wanted).abs().max() / wanted.abs().max()).item()
+        if not error <= TOLERANCE[dtype]:
+            raise RuntimeError(
+                f"the {backend} backend is wrong, so its time means nothing: {name} of {shape} in {dtype} is off by "
+                f"{error:.1e} of the largest element, allowed is {TOLERANCE[dtype]:.0e}; run tests/kernels first"
+            )
+
+
+def with_gradients(function: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
+    rows_RM = inputs.rows_RM.detach().requires_grad_()
+    weights_GMN = inputs.weights_GMN.detach().requires_grad_()
+    output_RN = function(rows_RM, weights_GMN)
+    return output_RN.detach(), *torch.autograd.grad(output_RN, (rows_RM, weights_GMN), inputs.gradient_RN)
+
+
+def candidates(shape: Shape, dtype: torch.dtype, *, backward: bool) -> dict[str, Callable[[], object]]:
+    """What is timed, by name: a dense matmul of as many FLOPs, and each backend that serves this shape."""
+    inputs = make_inputs(shape, dtype)
+    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"dense": lambda r, w: r @ w[0]}
+    for backend in serving(shape, dtype):
+        functions[backend] = lambda r, w, backend=backend: grouped_matmul(
+            r, w, offsets_G=inputs.offsets_G, backend=backend
+        )
+    dense_inputs = Inputs(inputs.rows_RM, inputs.weights_GMN[:1].clone(), inputs.offsets_G, inputs.gradient_RN)
+    data = {name: dense_inputs if name == "dense" else inputs for name in functions}
+    if backward:
+        return {name: lambda f=f, d=data[name]: with_gradients(f, d) for name, f in functions.items()}
+    return {name: lambda f=f, d=data[name]: f(d.rows_RM, d.weights_GMN) for name, f in functions.items()}
+
+
+def time_all(functions: dict[str, Callable[[], object]], *, seconds: float) -> dict[str, Timing]:
+    """Call every function in turn, so that a busy moment of the machine hits all of them, until the time is over."""
+    durations: dict[str, list[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(durations["dense"]) < WARM_UP + 5:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            durations[name].append(time.perf_counter() - start)
+    timings = {}
+    for name, all_values in durations.items():
+        values = all_values[WARM_UP:]
+        low, median, high = statistics.quantiles(values, n=4)
+        ratio = statistics.median(
+            value / dense for value, dense in zip(values, durations["dense"][WARM_UP:], strict=True)
+        )
+        timings[name] = Timing(median=median * 1e3, spread=(high - low) / 2 * 1e3, ratio=ratio, calls=len(values))
+    return timings
+
+
+def row(shape: Shape, dtype: torch.dtype, *, threads: int, backward: bool, seconds: float) -> str:
+    torch.set_num_threads(threads)
+    timings = time_all(candidates(shape, dtype, backward=backward), seconds=seconds)
+    flops = 2 * shape.rows * shape.width_in * shape.width_out * (3 if backward else 1)
+    dense = timings["dense"]
+    cells = [shape.name, f"{shape.rows} x {shape.width_in} -> {shape.width_out}, G {shape.groups}"]
+    cells += [str(dtype).removeprefix("torch."), str(threads), "fwd+bwd" if backward else "fwd"]
+    cells.append(str(dense.calls))
+    cells.append(f"{dense.median:.2f} ± {dense.spread:.2f}")
+    for backend in BACKENDS:
+        if timing := timings.get(backend):
+            rate = flops / timing.median * 1e-9
+            cells.append(f"{timing.median:.2f} ± {timing.spread:.2f} ({timing.ratio:.2f}x, {rate:.3f})")
+        else:
+            cells.append("width not a multiple of 16 bytes")
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seconds", type=float, default=1.5, help="for each line of the table (default 1.5)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    args = parser.parse_args()
+
+    before = os.getloadavg()[0]
+    for shape, dtype in itertools.product(SHAPES, DTYPES):
+        for backend in serving(shape, dtype):
+            check(shape, dtype, backend)
+    lines = []
+    for threads, dtype, backward, shape in itertools.product(args.threads, DTYPES, (False, True), SHAPES):
+        print(f"{threads} thread(s), {dtype}, {shape.name}", file=sys.stderr)
+        lines.append(row(shape, dtype, threads=threads, backward=backward, seconds=args.seconds))
+    load = {"before": before, "after": os.getloadavg()[0]}
+    print(HEADER.format(arguments=" ".join(["", *sys.argv[1:]]), **versions(), **load))
+    print("\n".join(lines))
+
+
+def versions() -> dict[str, object]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+if __name__ == "__main__":
+    main()
