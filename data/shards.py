@@ -7,13 +7,15 @@ read with allow_pickle=False (raw integers would need a second place for the typ
 of tokens (end token included) and the crc32 of the member, so that a reader seeks to any document and notices each
 damaged one without hashing the whole tar.
 
-Only local files are opened, by us: webdataset's own opener, which also runs `pipe:` commands, is never called.
+Only local files are opened, by us: webdataset's own opener, which also runs `pipe:` commands, is never called
+(data/remote.py fetches what lies elsewhere).
 """
 
 import io
+import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,11 @@ SIDECAR_DTYPE = np.dtype([("offset", "<u8"), ("tokens", "<u4"), ("crc32", "<u4")
 SHARD_SUFFIX = ".tar"
 SIDECAR_SUFFIX = ".idx"
 TOKEN_FIELD = "npy"
+_NAME, _SIZE, _CHECKSUM, _TYPE = slice(0, 100), slice(124, 136), slice(148, 156), slice(156, 157)  # of a tar's header
+_OCTAL = re.compile(rb" *[0-7]+[ \0]*")
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\0..\{'descr': '([<|][iu][1248])', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.DOTALL
+)
 FIELDS = (TOKEN_FIELD, "txt", "text")  # the members that can be documents, the preferred one first
 
 
@@ -77,29 +84,76 @@ def read_sidecar(folder: Path, info: ShardInfo) -> np.ndarray:
     return np.fromfile(path, dtype=SIDECAR_DTYPE)
 
 
-def read_documents(path: Path, records: np.ndarray, *, field: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Yields the ids, end token included, of consecutive documents of a tar, given their records of the sidecar.
+def read_documents(
+    path: Path,
+    records: np.ndarray,
+    *,
+    field: str,
+    tokenizer: Tokenizer,
+    on_damage: Callable[[RuntimeError], None] | None = None,
+) -> Iterator[np.ndarray | None]:
+    """Yields the ids, end token included, of documents of a tar, given their records of the sidecar.
 
-    Seeks to the first and reads on from there. Raises RuntimeError, naming file and byte, if one is not what its record
-    says.
+    Each document is sought and judged by itself, so what is yielded for it depends on no other. Raises RuntimeError, naming file
+    and byte, if one is not what its record says; with `on_damage` that is told the error, and None is yielded.
     """
-    with _open(path) as file:
-        file.seek(int(records["offset"][0]))
-        members = iterate_members(path, file, field=field)
+    try:
+        file = _open(path)
+    except RuntimeError as error:
+        if on_damage is None:
+            raise
+        on_damage(error)
+        yield from [None] * len(records)
+        return
+    with file:
         for offset, num_tokens, crc32 in records.tolist():
-            member = next(members, None)
-            if member is None:
-                raise damaged(path, offset, "the tar ends before this document")
-            if zlib.crc32(member.content) != crc32:
-                raise damaged(path, offset, f"the document {member.name} has not the checksum that the index records")
-            tokens = decode_document(path, member, field=field, tokenizer=tokenizer)
-            if len(tokens) != num_tokens:
-                raise damaged(
-                    path,
-                    offset,
-                    f"the document {member.name} has {len(tokens)} tokens, but the index says {num_tokens}",
-                )
+            try:
+                tokens = _read_document(path, file, (offset, num_tokens, crc32), field=field, tokenizer=tokenizer)
+            except RuntimeError as error:
+                if on_damage is None:
+                    raise
+                on_damage(error)
+                tokens = None
             yield tokens
+
+
+def _read_document(
+    path: Path, file: io.BufferedReader, record: tuple[int, int, int], *, field: str, tokenizer: Tokenizer
+) -> np.ndarray:
+    offset, num_tokens, crc32 = record
+    member = _read_member(path, file, offset, field=field)
+    if zlib.crc32(member.content) != crc32:
+        raise damaged(path, offset, f"the document {member.name} has not the checksum that the index records")
+    tokens = decode_document(path, member, field=field, tokenizer=tokenizer)
+    if len(tokens) != num_tokens:
+        raise damaged(
+            path, offset, f"the document {member.name} has {len(tokens)} tokens, but the index says {num_tokens}"
+        )
+    return tokens
+
+
+def _read_member(path: Path, file: io.BufferedReader, offset: int, *, field: str) -> Member:
+    """The document whose header lies at `offset`. A plain header is read here, in a fifth of the time that a tar iterator takes
+    (a document of 500 tokens in 15 us instead of 80); what has an extended one goes to webdataset's.
+    """
+    try:
+        file.seek(offset)
+        header = file.read(tarfile.BLOCKSIZE)
+        if header[_TYPE] in (tarfile.REGTYPE, tarfile.AREGTYPE) and _OCTAL.fullmatch(header[_SIZE]):
+            if sum(header) - sum(header[_CHECKSUM]) + 8 * ord(" ") != int(header[_CHECKSUM].strip(b" \0") or b"0", 8):
+                raise damaged(path, offset, "the tar's header there has not its checksum")
+            size = int(header[_SIZE].strip(b" \0"), 8)
+            content = file.read(size)
+            if len(content) != size:
+                raise damaged(path, offset, "the tar ends inside this document")
+            return Member(name=header[_NAME].rstrip(b"\0").decode("utf-8", "replace"), content=content)
+        file.seek(offset)
+    except (OSError, ValueError) as error:
+        raise damaged(path, offset, f"reading the tar from there on fails ({error})") from error
+    member = next(iterate_members(path, file, field=field), None)
+    if member is None:
+        raise damaged(path, offset, "the tar ends before this document")
+    return member
 
 
 def iterate_members(path: Path, file: io.BufferedReader, *, field: str) -> Iterator[Member]:
@@ -122,7 +176,7 @@ def decode_document(path: Path, member: Member, *, field: str, tokenizer: Tokeni
     try:
         if field != TOKEN_FIELD:
             return tokenizer.encode_document(member.content.decode("utf-8"))
-        tokens = np.lib.format.read_array(io.BytesIO(member.content), allow_pickle=False)
+        tokens = _array_of(member.content)
     except (ValueError, EOFError) as error:
         raise RuntimeError(
             f"the document {member.name} in {path} cannot be read ({error}): repair or remove it"
@@ -139,7 +193,15 @@ def decode_document(path: Path, member: Member, *, field: str, tokenizer: Tokeni
             "them"
         )
     ends = len(tokens) > 0 and tokens[-1] == tokenizer.end_token
-    return (tokens if ends else np.append(tokens, tokenizer.end_token)).astype(tokenizer.dtype)
+    return (tokens if ends else np.append(tokens, tokenizer.end_token)).astype(tokenizer.dtype, copy=False)
+
+
+def _array_of(content: bytes) -> np.ndarray:
+    """What numpy's reader gives. Plain flat integers are taken apart here: numpy parses their header as Python, for 30 us."""
+    plain = _NPY.match(content)
+    if plain is None:
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    return np.frombuffer(content, dtype=plain[1].decode(), count=int(plain[2]), offset=plain.end())
 
 
 def field_of(name: str) -> str | None:

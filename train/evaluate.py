@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from data.index import check_tokenizer, open_index
+from data.index import check_tokenizer
 from data.loader import Batch, heldout_batches
+from data.split import open_heldout
 from model.loss import IGNORED, cross_entropy_sum
 from model.memory import StreamMemory
 from train.build import build_memory
@@ -83,7 +84,7 @@ def score(
     values["eval"] |= {"max_tokens": max_tokens, "memory_blocks": memory_blocks}
     values["data"]["heldout"] = heldout
     config = read_saved(values)
-    index, world = open_index(heldout), LocalMesh(device)
+    index, world = open_heldout(config.data), LocalMesh(device)
     check_tokenizer(index, trained.tokenizer.tokenizer_id)
     accumulation_steps = config.optim.accumulation_steps
     batches = heldout_batches(
