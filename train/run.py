@@ -243,7 +243,7 @@ def _share_damaged(job: Job, batches: TrainBatches, told: set[str]) -> None:
     found = {path: problem for part in job.world.all_gather_object(batches.damaged) for path, problem in part.items()}
     for path in sorted(found.keys() - told):
         job.reporter.say(f"skipped: {found[path]}")
-    told |= found.keys()
+    told.update(found)
     batches.add_damaged(found)
 
 
