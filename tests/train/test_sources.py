@@ -98,7 +98,7 @@ def test_a_checkpoint_from_before_shards_were_listed_is_still_compared(folder: P
     run(tiny_config(folder), ALONE)
     run(tiny_config(folder, run={"steps": 4}), ALONE)
     write_shards(folder / "shards", seed=3)
-    with pytest.raises(ValueError, match="must go on with the shards it began with.* fingerprint"):
+    with pytest.raises(ValueError, match=r"must go on with the shards it began with.* fingerprint"):
         run(tiny_config(folder, run={"steps": 5}), ALONE)
 
 
