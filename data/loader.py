@@ -6,7 +6,7 @@ damaged shards were met). Called by train/run.py and train/evaluate.py.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, count
 
 import numpy as np
@@ -95,8 +95,8 @@ def train_batches(
         first_micro_step=position // micro_step_rows,
         tolerant=config.max_skipped_shards > 0,
     )
-    batches = plan.batches() if config.num_workers == 0 else in_processes(plan.share, num_workers=config.num_workers)
-    return TrainBatches(batches, damaged=split.damaged, limit=config.max_skipped_shards)
+    rows = in_processes(plan.share, num_workers=config.num_workers) if config.num_workers else plan.rows()
+    return TrainBatches(map(_to_batch, rows), damaged=split.damaged, limit=config.max_skipped_shards)
 
 
 def training_lines(config: DataConfig, split: TrainSplit) -> tuple[Line, ...]:
@@ -140,8 +140,9 @@ def heldout_batches(
         rank=rank,
         num_ranks=num_ranks,
         first_micro_step=0,
+        num_micro_steps=line.rows_per_stream,
     )
-    return plan.batches(num_micro_steps=line.rows_per_stream)
+    return map(_to_batch, plan.rows())
 
 
 @dataclass(frozen=True)
@@ -156,23 +157,53 @@ class _Plan:
     rank: int
     num_ranks: int
     first_micro_step: int
+    num_micro_steps: int | None = None  # None: endless
     tolerant: bool = False
 
-    def share(self, worker: int, num_workers: int) -> Iterator[Batch]:
-        """What one of some reader processes makes."""
-        return self.batches(worker=worker, num_workers=num_workers)
-
-    def batches(self, *, num_micro_steps: int | None = None, worker: int = 0, num_workers: int = 1) -> Iterator[Batch]:
-        """Every `num_workers`-th micro-step from the `worker`-th on; endless without `num_micro_steps`."""
-        maker = _BatchMaker(self)
+    def rows(self, *, worker: int = 0, num_workers: int = 1) -> Iterator["_Rows"]:
+        """Those of every `num_workers`-th micro-step from the `worker`-th on."""
+        maker = _RowMaker(self)
         for micro_step in count(self.first_micro_step + worker, num_workers):
-            if num_micro_steps is not None and micro_step >= num_micro_steps:
+            if self.num_micro_steps is not None and micro_step >= self.num_micro_steps:
                 return
-            yield maker.batch(micro_step * self.micro_step_rows)
+            yield maker.make(micro_step * self.micro_step_rows)
+
+    def share(self, worker: int, num_workers: int) -> Iterator["_Rows"]:
+        """What one of some reader processes makes, in half of the bytes where the numbers are small enough."""
+        small = all(index.vocab_size < 1 << 31 for index in self.indexes)
+        small = small and sum(index.num_documents for index in self.indexes) < 1 << 31
+        for rows in self.rows(worker=worker, num_workers=num_workers):
+            yield replace(rows, numbers=rows.numbers.astype(np.int32)) if small else rows
 
 
-class _BatchMaker:
-    """Makes a plan's batches. What it remembers saves reading and changes nothing."""
+@dataclass(frozen=True)
+class _Rows:
+    """A batch on its way. From a reader process it comes through a pipe as one array: five tensors would be five files in shared
+    memory, whose making and opening took longer than all the reading (benchmarks/results/2026-11-22_2-core-cpu_loader.md).
+    """
+
+    numbers: np.ndarray  # (3, B, S): tokens, targets, document ids
+    positions: list[int]
+    continues: list[bool]
+    num_bytes: int
+    damaged: Mapping[str, str]
+
+
+def _to_batch(rows: _Rows) -> Batch:
+    tokens_BS, targets_BS, document_ids_BS = torch.from_numpy(rows.numbers.astype(np.int64, copy=False))
+    return Batch(
+        tokens_BS=tokens_BS,
+        targets_BS=targets_BS,
+        document_ids_BS=document_ids_BS,
+        positions_B=torch.tensor(rows.positions, dtype=torch.int64),
+        continues_B=torch.tensor(rows.continues, dtype=torch.bool),
+        num_bytes=rows.num_bytes,
+        damaged=rows.damaged,
+    )
+
+
+class _RowMaker:
+    """Makes a plan's rows. What it remembers saves reading and changes nothing."""
 
     def __init__(self, plan: _Plan) -> None:
         streams = max(plan.mixture.streams, plan.micro_step_rows) // plan.num_ranks
@@ -190,29 +221,26 @@ class _BatchMaker:
             for index, first_id in zip(plan.indexes, first_ids, strict=False)
         ]
 
-    def batch(self, first_position: int) -> Batch:
+    def make(self, first_position: int) -> _Rows:
         plan = self._plan
         positions = rank_positions(
             first_position, micro_step_rows=plan.micro_step_rows, rank=plan.rank, num_ranks=plan.num_ranks
         )
-        shape = (len(positions), plan.lines[0].length)
-        tokens_BS = np.full(shape, plan.indexes[0].end_token, dtype=np.int64)
-        targets_BS = np.full(shape, IGNORED, dtype=np.int64)
-        document_ids_BS = np.full(shape, NO_DOCUMENT, dtype=np.int64)
-        continues_B = []
+        numbers = np.empty((3, len(positions), plan.lines[0].length), dtype=np.int64)
+        tokens_BS, targets_BS, document_ids_BS = numbers
+        tokens_BS[:], targets_BS[:], document_ids_BS[:] = plan.indexes[0].end_token, IGNORED, NO_DOCUMENT
+        continues = []
         for i, position in enumerate(positions):
             place = self._order.locate(position)
             row = plan.lines[place.source].locate(place.position)
-            continues_B.append(row.row > 0 and place.continues)
+            continues.append(row.row > 0 and place.continues)
             if row.num_targets:
                 self._fill(place.source, row, tokens_BS[i], targets_BS[i], document_ids_BS[i])
         scored = targets_BS[targets_BS != IGNORED]
-        return Batch(
-            tokens_BS=torch.from_numpy(tokens_BS),
-            targets_BS=torch.from_numpy(targets_BS),
-            document_ids_BS=torch.from_numpy(document_ids_BS),
-            positions_B=torch.tensor(list(positions), dtype=torch.int64),
-            continues_B=torch.tensor(continues_B, dtype=torch.bool),
+        return _Rows(
+            numbers=numbers,
+            positions=list(positions),
+            continues=continues,
             num_bytes=int(plan.indexes[0].token_bytes_V[scored].sum()),
             damaged={path: problem for reader in self._readers for path, problem in reader.damaged.items()},
         )

@@ -108,25 +108,26 @@ class LineReader:
         if len(remembered) == last - first:
             return remembered
         start = first + next(i for i, content in enumerate(contents) if content is None)
-        fresh = self._read_fresh(number, shard.records[start:last])
+        end = int(shard.records["offset"][last]) if last < len(shard.records) else self._index.shards[number].bytes
+        fresh = self._read_fresh(number, shard.records[start:last], end)
         for document, content in zip(range(start, last), fresh, strict=True):
             self._documents.put((number, document), content)
         return remembered[: start - first] + fresh
 
-    def _read_fresh(self, number: int, records: np.ndarray) -> list[np.ndarray]:
+    def _read_fresh(self, number: int, records: np.ndarray, end: int) -> list[np.ndarray]:
         problems: list[RuntimeError] = []
-        contents = self._read_tar(number, records, problems)
+        contents = self._read_tar(number, records, end, problems)
         cache = self._index.cache
         if problems and cache is not None and number not in {*self._out_of_reach, *self._fetched_again}:
             self._fetched_again.add(number)
             cache.discard(self._index.shards[number])  # it was whole when it was fetched: this node's disk changed it
             problems.clear()
-            contents = self._read_tar(number, records, problems)
+            contents = self._read_tar(number, records, end, problems)
         if problems:
             self._report(number, problems[0])
         return contents
 
-    def _read_tar(self, number: int, records: np.ndarray, problems: list[RuntimeError]) -> list[np.ndarray]:
+    def _read_tar(self, number: int, records: np.ndarray, end: int, problems: list[RuntimeError]) -> list[np.ndarray]:
         index, info = self._index, self._index.shards[number]
         if number in self._out_of_reach:
             return [_UNREADABLE] * len(records)
@@ -134,7 +135,12 @@ class LineReader:
         try:
             with held as path:
                 documents = read_documents(
-                    path, records, field=index.document_field, tokenizer=self._tokenizer, on_damage=problems.append
+                    path,
+                    records,
+                    end=end,
+                    field=index.document_field,
+                    tokenizer=self._tokenizer,
+                    on_damage=problems.append,
                 )
                 return [_UNREADABLE if document is None else document for document in documents]
         except RuntimeError as error:  # of the cache; the documents' own are told by on_damage

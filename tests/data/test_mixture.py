@@ -59,7 +59,7 @@ def test_rows_lie_where_a_walk_finds_them(weights):
     streams, seed = 3, 11
     order = MixtureOrder(Mixture.of_weights(list(map(float, weights)), streams=streams, seed=seed), remembered_blocks=6)
     plans = [plan_of_stream(weights, stream=stream, seed=seed) for stream in range(streams)]
-    taken, last = [Counter() for _ in range(streams)], [None] * streams
+    taken, last = [Counter() for _ in range(streams)], [-1] * streams
     for position in range(2 * 1024 * streams + 700):
         stream = position % streams
         source = next(plans[stream])
