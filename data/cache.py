@@ -109,7 +109,7 @@ class ShardCache:
             yield file
 
     def _make_room(self, needed: int) -> int:
-        """Removes what nobody uses, the longest unused first and what was never finished before it; returns the bytes still missing."""
+        """Removes what nobody uses, first what was never finished, then the longest unused; returns the bytes still missing."""
         found = []
         for path in (*self.folder.glob(f"*{SHARD_SUFFIX}"), *self.folder.glob(f"*{PARTIAL_SUFFIX}")):
             with suppress(FileNotFoundError):  # a partial file that just got its name
@@ -117,8 +117,8 @@ class ShardCache:
                 found.append((path.suffix != PARTIAL_SUFFIX, state.st_mtime_ns, state.st_size, path))
         found.sort()
         missing = sum(size for _, _, size, _ in found) + needed - self.limit_bytes
-        for whole, _, size, path in found:
-            if (missing > 0 or not whole) and _remove_unused(path):
+        for _, _, size, path in found:
+            if missing > 0 and _remove_unused(path):
                 missing -= size
         return missing
 

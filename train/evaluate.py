@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from data.config import is_remote
 from data.index import check_tokenizer
 from data.loader import Batch, heldout_batches
 from data.split import open_heldout
@@ -83,6 +84,8 @@ def score(
     values = trained.config.model_dump(mode="json")
     values["eval"] |= {"max_tokens": max_tokens, "memory_blocks": memory_blocks}
     values["data"]["heldout"] = heldout
+    if not any(is_remote(place) for place in (heldout, *(source.shards for source in trained.config.data.sources))):
+        values["data"]["cache"] = None  # it was for the held-out shards of the run
     config = read_saved(values)
     index, world = open_heldout(config.data), LocalMesh(device)
     check_tokenizer(index, trained.tokenizer.tokenizer_id)

@@ -162,6 +162,9 @@ def test_what_a_killed_process_left_is_no_shard_and_takes_no_room(far):
     while not list(partial.glob("*.partial")) and time.monotonic() < deadline:
         time.sleep(0.02)
     (left,) = partial.glob("*.partial")
+    while not left.stat().st_size and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert left.stat().st_size == SIZE  # before a byte has come
     with pytest.raises(BlockingIOError), left.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while it lives, its room is its own
     os.killpg(process.pid, signal.SIGKILL)

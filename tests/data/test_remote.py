@@ -28,6 +28,7 @@ class Server:
     url: str = ""
     faults: list[Callable[[SimpleHTTPRequestHandler, str], bool]] = field(default_factory=list)
     asked: Counter[str] = field(default_factory=Counter)
+    queries: set[str] = field(default_factory=set)
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -38,6 +39,7 @@ class Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.rpartition("/")[2].partition("?")[0]
         self.state.asked[name] += 1
+        self.state.queries.add(self.path.partition("?")[2])
         if not any(fault(self, name) for fault in self.state.faults):
             super().do_GET()
 
@@ -136,7 +138,8 @@ def test_a_command_gives_the_rows_of_the_folder(folder, tmp_path):
 
 
 def test_a_query_stays_at_the_end_of_the_address(folder, server, tmp_path):
-    assert rows(config_of(f"{server.url}/?key=a/b", tmp_path)) == local_rows(folder, tmp_path)
+    assert rows(config_of(f"{server.url}/?key=a%2Fb", tmp_path)) == local_rows(folder, tmp_path)
+    assert server.queries == {"key=a%2Fb"}
 
 
 def test_held_out_shards_and_single_sources_may_be_remote(folder, server, tmp_path):

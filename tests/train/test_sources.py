@@ -12,6 +12,7 @@ import pytest
 from data.loader import TrainBatches
 from tests.train.tiny_job import ALONE, records, tiny_config, write_shards
 from train import checkpoint
+from train.evaluate import main as evaluate_main
 from train.run import _share_damaged, run
 
 pytestmark = pytest.mark.usefixtures("torch_as_it_was")
@@ -100,6 +101,18 @@ def test_a_checkpoint_from_before_shards_were_listed_is_still_compared(folder: P
     write_shards(folder / "shards", seed=3)
     with pytest.raises(ValueError, match=r"must go on with the shards it began with.* fingerprint"):
         run(tiny_config(folder, run={"steps": 5}), ALONE)
+
+
+def test_a_run_on_fetched_shards_is_scored_on_them_and_on_local_ones(folder: Path, capsys: pytest.CaptureFixture[str]):
+    remote = {"heldout": f"pipe:cat {folder}/shards/heldout/{{}}", "allow_pipe": True, "cache": str(folder / "cache")}
+    run(tiny_config(folder, data=remote), ALONE)
+    capsys.readouterr()
+    command = ["--run", str(folder / "run"), "--device", "cpu"]
+    assert evaluate_main(command) == 0
+    assert evaluate_main([*command, "--heldout", str(folder / "shards" / "heldout")]) == 0
+    one, other = capsys.readouterr().out.splitlines()
+    assert one == other
+    assert f"loss {records(folder)[-1]['heldout_loss']:.4f}" in one
 
 
 def test_memory_needs_one_source(folder: Path):
