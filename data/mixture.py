@@ -4,9 +4,9 @@ Row p is row n = p div streams of stream p mod streams. Each stream is cut into 
 sources of the list together have had floor(1024 b S_k) rows of the stream, S_k being their share of the weights as an exact fraction;
 what a source has had is the difference of two such numbers. So the remainders of a block are carried into the next: after any number
 of blocks a source is within one row of its weight, however long the run, and in one block within two (one, where there are two
-sources). No table, no memory, no drift: the plainest rule that is a function of the block alone. Apportioning each block by largest
-remainders from what is owed would need all the blocks before; apportioning the sum so can take a row back. The rule here cannot, because
-every weight is at least 1/1024 of their sum (data/config.py): then a source's count in a block is above -1.
+sources). No table, no memory, no drift: the plainest rule that is a function of the block alone (apportioning each block by largest
+remainders from what is owed would need all the blocks before it). A count cannot be below 0, because every weight is at least 1/1024 of
+their sum (data/config.py).
 
 Inside a block the order is that of hashes of (seed, stream, block). Each source has its own line (data/order.py), cut into the same
 streams: the n-th row that stream s takes of a source is that source's row n of stream s. Called by data/loader.py and train/.

@@ -226,7 +226,7 @@ def decode_document(path: Path, member: Member, *, field: str, tokenizer: Tokeni
 
 
 def _array_of(content: bytes) -> np.ndarray:
-    """What numpy's reader gives. Plain flat integers are taken apart here: numpy parses their header as Python, for 30 us."""
+    """What numpy's reader gives. Plain flat integers are taken apart here: numpy parses their header as Python, in tens of microseconds."""
     plain = _NPY.match(content)
     if plain is None:
         return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
