@@ -109,9 +109,8 @@ def test_document_ids_tell_the_sources_apart(folders, documents):
     assert ids == list(range(sum(len(shard) for shards in documents for shard in shards)))
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_list_of_one_source_has_the_rows_of_its_path(folders, num_workers):
-    path, listed = make_config([], shards=folders[0]), make_config(folders[:1], num_workers=num_workers)
+def test_a_list_of_one_source_has_the_rows_of_its_path(folders):
+    path, listed = make_config([], shards=folders[0]), make_config(folders[:1])
     (rows,), (others,) = take(60, path), take(60, listed)
     for batch, other in zip(rows, others, strict=True):
         for value, same in zip(astuple(batch), astuple(other), strict=True):
