@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from data.adopt import adopt_shards
+from data.cache import ShardCache
 from data.files import exclusive, sha256_of, write_whole
 from data.shards import FIELDS, SHARD_SUFFIX, SIDECAR_DTYPE, SIDECAR_SUFFIX, ShardInfo, rebuild_hint
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -44,6 +45,10 @@ class ShardIndex:
     shards: tuple[ShardInfo, ...]
     fingerprint: str  # equal for equal documents, tokens and order: a checkpoint keeps it
     token_bytes_V: np.ndarray = field(repr=False, compare=False)  # text bytes of each id, int64; the end token has 0
+    damaged: dict[str, str] = field(
+        default_factory=dict
+    )  # path and problem of each shard that a tolerant opening let pass
+    cache: ShardCache | None = None  # where the tars are kept, if they are fetched; `folder` then has all but the tars
 
     @property
     def num_tokens(self) -> int:
@@ -56,10 +61,11 @@ class ShardIndex:
         return sum(shard.documents for shard in self.shards)
 
 
-def open_index(folder: str | Path) -> ShardIndex:
+def open_index(folder: str | Path, *, tolerant: bool = False, cache: ShardCache | None = None) -> ShardIndex:
     """Opens a folder of shards. A plain webdataset of others gets its index first (any number of processes may come).
 
-    Raises ValueError if the folder is not one, and RuntimeError, naming the file, if what lies in it is not what the
+    tolerant: shards that are missing or have another size are listed in `damaged` instead. cache: of a folder without tars, which
+    data/split.py fetched. Raises ValueError if the folder is not one, and RuntimeError, naming the file, if what lies in it is not what the
     index records.
     """
     folder = Path(folder)
@@ -78,7 +84,10 @@ def open_index(folder: str | Path) -> ShardIndex:
             f"the index says {content['tokenizer_id']}: restore it, or {rebuild_hint(folder)}"
         )
     shards = tuple(ShardInfo(**shard) for shard in content["shards"])
-    _check_files(folder, shards)
+    problems = {} if cache else _problems_of(folder, shards)
+    if problems and not tolerant:
+        raise RuntimeError(next(iter(problems.values())))
+    _check_no_more(folder, shards)
     return ShardIndex(
         folder=folder,
         tokenizer_id=tokenizer.tokenizer_id,
@@ -88,6 +97,8 @@ def open_index(folder: str | Path) -> ShardIndex:
         shards=shards,
         fingerprint=_fingerprint(content),
         token_bytes_V=tokenizer.token_bytes_V,
+        damaged=problems,
+        cache=cache,
     )
 
 
@@ -165,27 +176,35 @@ def _read_content(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _check_files(folder: Path, shards: Sequence[ShardInfo]) -> None:
-    """The tars of the folder are those of the index, with the recorded sizes; so are the sidecars."""
-    for shard in shards:
-        path = folder / shard.name
-        if not path.is_file():
-            raise RuntimeError(f"the shard {path} is missing: restore it, or {rebuild_hint(folder)}")
-        size = path.stat().st_size
-        if size != shard.bytes:
-            problem = "truncated" if size < shard.bytes else "not the one of the index"
-            raise RuntimeError(
-                f"the shard {path} is {problem}: it has {size} bytes and the index says {shard.bytes}; restore it, or "
-                f"{rebuild_hint(folder)}"
-            )
-        sidecar = path.with_suffix(SIDECAR_SUFFIX)
-        expected = shard.documents * SIDECAR_DTYPE.itemsize
-        if not sidecar.is_file() or sidecar.stat().st_size != expected:
-            raise RuntimeError(
-                f"the sidecar {sidecar} must have {expected} bytes for {shard.documents} documents, but it is "
-                f"{f'{sidecar.stat().st_size} bytes long' if sidecar.is_file() else 'missing'}: restore it, or "
-                f"{rebuild_hint(folder)}"
-            )
+def _problems_of(folder: Path, shards: Sequence[ShardInfo]) -> dict[str, str]:
+    """Sentences, by path, about tars and sidecars that are missing or have not the recorded size."""
+    found = {str(folder / shard.name): _problem_of(folder, shard) for shard in shards}
+    return {path: problem for path, problem in found.items() if problem is not None}
+
+
+def _problem_of(folder: Path, shard: ShardInfo) -> str | None:
+    path = folder / shard.name
+    if not path.is_file():
+        return f"the shard {path} is missing: restore it, or {rebuild_hint(folder)}"
+    size = path.stat().st_size
+    if size != shard.bytes:
+        problem = "truncated" if size < shard.bytes else "not the one of the index"
+        return (
+            f"the shard {path} is {problem}: it has {size} bytes and the index says {shard.bytes}; restore it, or "
+            f"{rebuild_hint(folder)}"
+        )
+    sidecar = path.with_suffix(SIDECAR_SUFFIX)
+    expected = shard.documents * SIDECAR_DTYPE.itemsize
+    if not sidecar.is_file() or sidecar.stat().st_size != expected:
+        return (
+            f"the sidecar {sidecar} must have {expected} bytes for {shard.documents} documents, but it is "
+            f"{f'{sidecar.stat().st_size} bytes long' if sidecar.is_file() else 'missing'}: restore it, or "
+            f"{rebuild_hint(folder)}"
+        )
+    return None
+
+
+def _check_no_more(folder: Path, shards: Sequence[ShardInfo]) -> None:
     unknown = sorted({path.name for path in folder.glob(f"*{SHARD_SUFFIX}")} - {shard.name for shard in shards})
     if unknown:
         raise RuntimeError(

@@ -32,17 +32,17 @@ class Line:
     rows_per_stream: int
 
     @classmethod
-    def for_training(cls, num_tokens: int, *, length: int, streams: int) -> Self:
+    def for_training(cls, num_tokens: int, *, length: int, streams: int, shards: str = "the shards") -> Self:
         """Rows of `length` tokens in `streams` streams, the same number in each; up to streams * length tokens at the
         end stay unused.
 
-        Raises ValueError if the line is too short for one row per stream.
+        Raises ValueError, naming `shards`, if the line is too short for one row per stream.
         """
         rows_per_stream = (num_tokens - 1) // length // streams
         if rows_per_stream < 1:
             raise ValueError(
                 f"training needs at least data.streams x data.sequence_length + 1 = {streams} x {length} + 1 = "
-                f"{streams * length + 1} tokens, but the shards hold {num_tokens}: prepare more text, or lower "
+                f"{streams * length + 1} tokens, but {shards} hold {num_tokens}: prepare more text, or lower "
                 "data.streams or data.sequence_length"
             )
         return cls(num_tokens=num_tokens, length=length, streams=streams, rows_per_stream=rows_per_stream)

@@ -1,62 +1,74 @@
 """Tokens of a line: from (epoch, first token, count) to ids, through the shards' sidecars, with a small memory of
 documents.
 
-Owns the files' reading and the memory; data/order.py says which tokens a row has, data/shards.py what a tar looks like.
-One `LineReader` per source, made by data/loader.py. No file stays open between two reads: nothing to leak, and a reader
-can be copied to another process.
+Owns the files' reading, the memory, and what is done about a document that cannot be read; data/order.py says which tokens a row has,
+data/shards.py what a tar looks like, data/cache.py has the tars that are fetched. One `LineReader` per source, made by data/loader.py.
+No file stays open between two reads: nothing to leak, and a reader can be copied to another process.
 """
 
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Generic, TypeVar
 
 import numpy as np
 
 from data.index import ShardIndex, check_tokenizer
 from data.order import shard_order
-from data.shards import read_documents, read_sidecar
+from data.recent import Recent
+from data.shards import ShardInfo, read_documents, read_sidecar
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 CACHED_SHARDS = 256  # sidecars in memory (24 bytes per document); one stream is in one shard at a time
+CACHED_EPOCHS = 8  # streams of a mixture may be in different ones, as may the rows of a micro-step
+NO_DOCUMENT = -1  # the document id of a place that has no token, or one that cannot be read
 
-Value = TypeVar("Value")
+_UNREADABLE = np.empty(0, dtype=np.uint8)  # remembered in place of a document
 
 
 @dataclass(frozen=True)
 class Span:
     """Consecutive tokens of a line."""
 
-    tokens: np.ndarray  # int64 ids
+    tokens: np.ndarray  # int64 ids; the end token where a document cannot be read
     document_ids: (
         np.ndarray
-    )  # int64: number of each token's document in the order of the index, the same in every epoch
+    )  # int64: number of each token's document in the order of the index, the same in every epoch; else NO_DOCUMENT
 
 
 @dataclass(frozen=True)
 class _Shard:
-    records: np.ndarray  # the sidecar
+    records: np.ndarray | None  # the sidecar; None: it cannot be read
     starts: np.ndarray  # int64, first token of each document, and the shard's number of tokens at the end
 
 
 class LineReader:
-    """Reads the line of one source. `seed` permutes the shards per epoch; None keeps the order of the index."""
+    """Reads the line of one source. `seed` permutes the shards per epoch; None keeps the order of the index.
 
-    def __init__(self, index: ShardIndex, *, seed: int | None, cached_documents: int) -> None:
+    tolerant: a document that cannot be read becomes end tokens with NO_DOCUMENT, and its shard a key of `damaged`. That is a matter of
+    this document alone: the same in every process that sees the same files, whatever it read before.
+    """
+
+    def __init__(
+        self, index: ShardIndex, *, seed: int | None, cached_documents: int, tolerant: bool = False, first_id: int = 0
+    ) -> None:
+        """first_id: of the index's first document, where several sources number theirs in a row."""
+        self.damaged: dict[str, str] = {}  # path -> problem, of the shards met so far
         self._index = index
         self._seed = seed
-        self._first_document = [0, *accumulate(shard.documents for shard in index.shards)]
-        self._epochs: _Recent[_Epoch] = _Recent(2)  # a micro-step may lie across the end of an epoch
-        self._shards: _Recent[_Shard] = _Recent(max(CACHED_SHARDS, cached_documents))
-        self._documents: _Recent[np.ndarray] = _Recent(cached_documents)
+        self._tolerant = tolerant
+        self._first_document = list(accumulate((shard.documents for shard in index.shards), initial=first_id))
+        self._epochs: Recent[_Epoch] = Recent(CACHED_EPOCHS)
+        self._shards: Recent[_Shard] = Recent(max(CACHED_SHARDS, cached_documents))
+        self._documents: Recent[np.ndarray] = Recent(cached_documents)
+        self._fetched_again: set[int] = set()
+        self._out_of_reach: set[int] = set()  # could not be fetched: each further try would take seconds
 
     def read(self, *, epoch: int, first_token: int, count: int) -> Span:
         """The tokens [first_token, first_token + count) of an epoch's line.
 
-        Raises RuntimeError, naming the file, for a damaged shard.
+        Raises RuntimeError, naming the file, for a damaged shard, unless the reader is tolerant.
         """
         line = self._epochs.get(epoch, lambda: self._lay_out(epoch))
         tokens = np.empty(count, dtype=np.int64)
@@ -73,29 +85,80 @@ class LineReader:
         """Copies what shard `number` has from its token `inside` on, as far as there is room; returns how much."""
         shard = self._shards.get(number, lambda: self._open(number))
         end = min(inside + len(tokens), int(shard.starts[-1]))
-        first = int(np.searchsorted(shard.starts, inside, side="right")) - 1
-        last = int(np.searchsorted(shard.starts, end, side="left"))
-        for document, content in zip(range(first, last), self._read(number, shard, first, last), strict=True):
-            start = int(shard.starts[document])
-            low, high = max(inside, start), min(end, start + len(content))
+        first = int(shard.starts.searchsorted(inside, side="right")) - 1
+        last = int(shard.starts.searchsorted(end, side="left"))
+        bounds = shard.starts[first : last + 1].tolist()
+        for i, content in enumerate(self._read(number, shard, first, last)):
+            start = bounds[i]
+            low, high = max(inside, start), min(end, bounds[i + 1])
+            if content is _UNREADABLE:
+                tokens[low - inside : high - inside] = self._index.end_token
+                document_ids[low - inside : high - inside] = NO_DOCUMENT
+                continue
             tokens[low - inside : high - inside] = content[low - start : high - start]
-            document_ids[low - inside : high - inside] = self._first_document[number] + document
+            document_ids[low - inside : high - inside] = self._first_document[number] + first + i
         return end - inside
 
     def _read(self, number: int, shard: _Shard, first: int, last: int) -> list[np.ndarray]:
         """The documents [first, last) of a shard; those that are not remembered are read in one go."""
+        if shard.records is None:
+            return [_UNREADABLE] * (last - first)
         contents = [self._documents.peek((number, document)) for document in range(first, last)]
         remembered = [content for content in contents if content is not None]
         if len(remembered) == last - first:
             return remembered
         start = first + next(i for i, content in enumerate(contents) if content is None)
-        path = self._index.folder / self._index.shards[number].name
-        fresh = list(
-            read_documents(path, shard.records[start:last], field=self._index.document_field, tokenizer=self._tokenizer)
-        )
+        end = int(shard.records["offset"][last]) if last < len(shard.records) else self._index.shards[number].bytes
+        fresh = self._read_fresh(number, shard.records[start:last], end)
         for document, content in zip(range(start, last), fresh, strict=True):
             self._documents.put((number, document), content)
         return remembered[: start - first] + fresh
+
+    def _read_fresh(self, number: int, records: np.ndarray, end: int) -> list[np.ndarray]:
+        problems: list[RuntimeError] = []
+        contents = self._read_tar(number, records, end, problems)
+        cache = self._index.cache
+        if problems and cache is not None and number not in {*self._out_of_reach, *self._fetched_again}:
+            self._fetched_again.add(number)
+            cache.discard(self._index.shards[number])  # it was whole when it was fetched: this node's disk changed it
+            problems.clear()
+            contents = self._read_tar(number, records, end, problems)
+        if problems:
+            self._report(number, problems[0])
+        return contents
+
+    def _read_tar(self, number: int, records: np.ndarray, end: int, problems: list[RuntimeError]) -> list[np.ndarray]:
+        index, info = self._index, self._index.shards[number]
+        if number in self._out_of_reach:
+            return [_UNREADABLE] * len(records)
+        held = nullcontext(index.folder / info.name) if index.cache is None else index.cache.hold(info)
+        try:
+            with held as path:
+                documents = read_documents(
+                    path,
+                    records,
+                    end=end,
+                    field=index.document_field,
+                    tokenizer=self._tokenizer,
+                    on_damage=problems.append,
+                )
+                return [_UNREADABLE if document is None else document for document in documents]
+        except RuntimeError as error:  # of the cache; the documents' own are told by on_damage
+            problems.append(error)
+            self._out_of_reach.add(number)
+            return [_UNREADABLE] * len(records)
+
+    def _report(self, number: int, error: RuntimeError) -> None:
+        if not self._tolerant:
+            raise error
+        self.damaged.setdefault(self._name_of(self._index.shards[number]), str(error))
+
+    def _name_of(self, info: ShardInfo) -> str:
+        return (
+            str(self._index.folder / info.name)
+            if self._index.cache is None
+            else f"{self._index.cache.place} {info.name}"
+        )
 
     def _lay_out(self, epoch: int) -> "_Epoch":
         shards = self._index.shards
@@ -105,7 +168,12 @@ class LineReader:
         return _Epoch(order=order, starts=[0, *accumulate(shards[number].tokens for number in order)])
 
     def _open(self, number: int) -> _Shard:
-        records = read_sidecar(self._index.folder, self._index.shards[number])
+        info = self._index.shards[number]
+        try:
+            records = read_sidecar(self._index.folder, info)
+        except RuntimeError as error:
+            self._report(number, error)
+            return _Shard(records=None, starts=np.array([0, info.tokens]))
         return _Shard(records=records, starts=np.concatenate([[0], np.cumsum(records["tokens"], dtype=np.int64)]))
 
     @cached_property
@@ -119,29 +187,3 @@ class LineReader:
 class _Epoch:
     order: list[int]  # shard numbers
     starts: list[int]  # first token of each of them on the line, and the line's number of tokens at the end
-
-
-class _Recent(Generic[Value]):
-    """The `capacity` values that were used last."""
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._values: OrderedDict[object, Value] = OrderedDict()
-
-    def get(self, key: object, make: Callable[[], Value]) -> Value:
-        value = self.peek(key)
-        if value is None:
-            value = make()
-            self.put(key, value)
-        return value
-
-    def peek(self, key: object) -> Value | None:
-        if key in self._values:
-            self._values.move_to_end(key)
-        return self._values.get(key)
-
-    def put(self, key: object, value: Value) -> None:
-        self._values[key] = value
-        self._values.move_to_end(key)
-        while len(self._values) > self._capacity:
-            self._values.popitem(last=False)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from data.index import ShardIndex, check_tokenizer, open_index
+from data.index import ShardIndex, check_tokenizer
+from data.split import TrainSplit, open_heldout, open_train
 from model.memory import StreamMemory
 from model.parameters import fill, materialize, states_of
 from model.transformer import Transformer
@@ -32,20 +33,20 @@ if TYPE_CHECKING:
 class Data:
     """The two splits, opened and checked against each other and the config."""
 
-    train: ShardIndex
+    train: TrainSplit
     heldout: ShardIndex
 
 
 def open_data(config: Config) -> Data:
     """Opens both splits; ValueError where they do not fit each other or model.vocab_size."""
-    train_index, heldout_index = open_index(config.data.shards), open_index(config.data.heldout)
-    check_tokenizer(train_index, heldout_index)
-    if config.model.vocab_size not in (None, train_index.vocab_size):
+    train, heldout = open_train(config.data), open_heldout(config.data)
+    check_tokenizer(train.sources[0].index, heldout)
+    if config.model.vocab_size not in (None, train.vocab_size):
         raise ValueError(
             f"model.vocab_size must equal the shards', but model.vocab_size is {config.model.vocab_size} and the tokenizer of "
-            f"{config.data.shards} has {train_index.vocab_size} tokens: set model.vocab_size to null, or prepare other shards"
+            f"{config.data.sources[0].shards} has {train.vocab_size} tokens: set model.vocab_size to null, or prepare other shards"
         )
-    return Data(train_index, heldout_index)
+    return Data(train, heldout)
 
 
 def set_up_torch(config: Config, info: ProcessInfo) -> torch.device:

@@ -25,6 +25,7 @@ from parallel.config import (
 )
 from train.config_errors import sections, validate
 from train.config_file import Tree, read_tree, yaml_text
+from train.differences import differences
 from train.match import solve_match
 
 Count = Annotated[int, Field(ge=1)]
@@ -153,6 +154,12 @@ class Config(Section):
                 f"memory crosses the ends of documents, but data.document_mask is true and memory_blocks of the mixers is "
                 f"{max(memory.values())}: set data.document_mask to auto or false, or memory_blocks to 0"
             )
+        if memory and len(self.data.sources) > 1:
+            raise ValueError(
+                f"memory goes on where the row before it ended, so a mixer with memory needs one source, but memory_blocks of the "
+                f"mixers is {max(memory.values())} and data.shards lists {len(self.data.sources)}: keep one source, or set "
+                "memory_blocks to 0"
+            )
         rows = self.data.global_batch_size // self.optim.accumulation_steps
         if memory and self.data.streams % rows:
             raise ValueError(
@@ -173,18 +180,6 @@ class Layout:
 
     ep_size: int
     node_size: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One dotted key and its two values; None stands for an absent one."""
-
-    key: str
-    old: Any
-    new: Any
-
-    def __str__(self) -> str:
-        return f"{self.key} was {self.old} and is {self.new}"
 
 
 def load_config(
@@ -238,6 +233,9 @@ _MAY_CHANGE = (
     "run.device",
     "run.log_every_steps",
     "data.num_workers",
+    "data.max_skipped_shards",  # a shard breaks when it will
+    "data.cache",  # with cache_gb: another node has another disk
+    "data.allow_pipe",
     "model.recompute",  # another layout may need the memory; dropout masks do not depend on the order of computing
     "model.expert_backend",  # another machine may lack the kernel
     "model.sigma_moe.keep_hidden",  # memory for time
@@ -245,18 +243,6 @@ _MAY_CHANGE = (
     "checkpoint.keep",
     "eval.every_steps",
 )
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
-    """Every value that differs between two trees of sections, in the order of `new`, then what only `old` has."""
-    found = []
-    for name in [*new, *(name for name in old if name not in new)]:
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += [Difference(f"{name}.{d.key}", d.old, d.new) for d in differences(before, after)]
-        elif before != after:
-            found.append(Difference(name, before, after))
-    return found
 
 
 def read_saved(values: dict[str, Any]) -> Config:

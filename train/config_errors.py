@@ -133,7 +133,9 @@ def _unknown(model: type[BaseModel], tree: Tree, *, key: str, value: Any) -> tup
     nearest = _nearest(key, [*(name for name in sections(model) if name), *(name for name, _ in fields(model))])
     said = f"{key} ({_shown(value)}) is not a key of the config"
     if nearest is None:
-        return f"{said}: remove it; {parent or 'the config'} takes {', '.join(sections(model).get(parent, []))}", None
+        keys = sections(model).get(parent)  # none for an entry of a list
+        takes = f"; {parent or 'the config'} takes {', '.join(keys)}" if keys else ""
+        return f"{said}: remove it{takes}", None
     given = dict(_items(tree.values))
     change = (
         f"remove one of the two, {nearest} is given as {_shown(given[nearest])}"

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
-from data.index import check_tokenizer, open_index
+from data.config import is_remote
+from data.index import check_tokenizer
 from data.loader import Batch, heldout_batches
+from data.split import open_heldout
 from model.loss import IGNORED, cross_entropy_sum
 from model.memory import StreamMemory
 from train.build import build_memory
@@ -82,8 +84,10 @@ def score(
     values = trained.config.model_dump(mode="json")
     values["eval"] |= {"max_tokens": max_tokens, "memory_blocks": memory_blocks}
     values["data"]["heldout"] = heldout
+    if not any(is_remote(place) for place in (heldout, *(source.shards for source in trained.config.data.sources))):
+        values["data"]["cache"] = None  # it was for the held-out shards of the run
     config = read_saved(values)
-    index, world = open_index(heldout), LocalMesh(device)
+    index, world = open_heldout(config.data), LocalMesh(device)
     check_tokenizer(index, trained.tokenizer.tokenizer_id)
     accumulation_steps = config.optim.accumulation_steps
     batches = heldout_batches(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
-from data.index import open_index
+from data.config import DataConfig
+from data.split import open_train
 from model.config import MatchConfig
 from train.config_file import Tree
 
@@ -75,9 +76,12 @@ def _vocab_size(values: dict[str, Any]) -> int:
     if given is not None:
         return given if isinstance(given, int) and given > 0 else 1
     try:
-        return open_index(str(data.get("shards") if isinstance(data, dict) else None)).vocab_size
-    except (ValueError, RuntimeError, OSError) as error:
-        raise ValueError(
-            f"model.match counts the embeddings too, but model.vocab_size is null and no shards say it ({error}): set "
-            "model.vocab_size to the tokenizer's size, or prepare the shards first"
-        ) from None
+        return open_train(DataConfig.model_validate_json(json.dumps(data), strict=True)).vocab_size
+    except ValidationError:
+        error = "the section data is not right either"
+    except (ValueError, RuntimeError, OSError) as caught:
+        error = str(caught)
+    raise ValueError(
+        f"model.match counts the embeddings too, but model.vocab_size is null and no shards say it ({error}): set "
+        "model.vocab_size to the tokenizer's size, or prepare the shards first"
+    )

@@ -6,7 +6,7 @@ Owns the names of the metrics. A record is one JSON object for each logged step.
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from data.mixture import Mixture
+from data.order import Line
+from data.split import TrainSplit
 from model.router import RouterReport, load_spread
 from train.engine import World
 from train.evaluate import Evaluation, bits_per_byte
@@ -60,6 +63,15 @@ def router_record(reports: dict[str, RouterReport]) -> dict[str, dict[str, float
             "load_spread": float(load_spread(report).min()),
         }
     return record
+
+
+def source_record(
+    split: TrainSplit, lines: Sequence[Line], mixture: Mixture, *, position: int
+) -> dict[str, dict[str, float]]:
+    """By source, the epochs done (1.5: half of the second) and the share of the rows so far. position: above 0."""
+    rows = dict(zip((source.name for source in split.sources), mixture.rows_taken(position), strict=True))
+    epochs = {name: rows[name] / line.rows_per_epoch for name, line in zip(rows, lines, strict=True)}
+    return {"epochs": epochs, "shares": {name: taken / position for name, taken in rows.items()}}
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, float]:

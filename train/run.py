@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.difference import describe_changes, summarize
 from data.index import check_tokenizer
-from data.loader import Batch, heldout_batches, train_batches
+from data.loader import Batch, TrainBatches, heldout_batches, mixture_of, train_batches, training_lines
 from model.memory import StreamMemory
 from model.parameters import count_parameters, states_of
 from model.router import collapse_alarm
@@ -31,7 +32,7 @@ from train.build import (
 from train.config import Config, Layout, check_resume, check_world
 from train.engine import Engine, World
 from train.evaluate import evaluate
-from train.metrics import MetricsWriter, Reporter, evaluation_record, router_record, step_record
+from train.metrics import MetricsWriter, Reporter, evaluation_record, router_record, source_record, step_record
 from train.optimizer import learning_rate
 from train.run_folder import RunFolder, find_changes, write_folder
 from train.step import StepResult, StepSettings, total_reports, train_step
@@ -101,7 +102,8 @@ def run(config: Config, info: ProcessInfo) -> None:
             start = restore(job)
             batches = _train_batches(job, start.position)
             world.barrier()  # every rank has read the run folder, and nothing was refused, before rank 0 writes into it
-            on_rank_zero(world, lambda: (write_folder(config), backends.write(RunFolder(Path(config.run.dir)))))
+            on_rank_zero(world, lambda: write_folder(config, shards=data.train.folder))
+            on_rank_zero(world, lambda: backends.write(job.folder))
             train(job, start, batches)
 
 
@@ -136,17 +138,21 @@ def _restore_states(job: Job, newest: Path) -> None:
 def _check_same_run(job: Job, newest: Path) -> None:
     saved = checkpoint.read_state(newest)
     check_resume(saved.config, job.config)  # config.yaml may be gone; the checkpoint's own config decides
-    index = job.data.train
-    check_tokenizer(index, saved.extra["tokenizer_id"])
-    if saved.extra["data_fingerprint"] != index.fingerprint:
+    split = job.data.train
+    check_tokenizer(split.sources[0].index, saved.extra["tokenizer_id"])
+    if saved.extra["data_fingerprint"] != split.fingerprint:
+        changed = (
+            describe_changes(saved.extra["data"], split) if "data" in saved.extra else "which ones it did not record"
+        )
         raise ValueError(
-            f"a run must go on with the shards it began with, but those in {index.folder} have fingerprint {index.fingerprint} "
-            f"and {newest} was made from {saved.extra['data_fingerprint']}: restore the shards, or choose another run.dir to "
+            f"a run must go on with the shards it began with, but since {newest} those in "
+            f"{', '.join(str(source.index.folder) for source in split.sources)} changed: {changed} (the fingerprint was "
+            f"{saved.extra['data_fingerprint']} and is {split.fingerprint}): restore the shards, or choose another run.dir to "
             "start a new run"
         )
 
 
-def train(job: Job, start: Progress, batches: Iterator[Batch]) -> None:
+def train(job: Job, start: Progress, batches: TrainBatches) -> None:
     """The loop: a step, then whatever is due after it. What a step tells is on disk before the checkpoint that follows it."""
     config, last = job.config, job.config.run.steps
     if start.step >= last:
@@ -154,6 +160,7 @@ def train(job: Job, start: Progress, batches: Iterator[Batch]) -> None:
         return
     writer = MetricsWriter(job.folder, job.world, restored_step=start.step)
     job.reporter.start(start.step)
+    told: set[str] = set()  # damaged shards that the console has named
     rows, seconds = 0, 0.0  # of the steps since the last record, without its evaluation and the checkpoints in between
     for step in range(start.step, last):
         lr = learning_rate(step, config.optim, num_steps=last)
@@ -165,13 +172,19 @@ def train(job: Job, start: Progress, batches: Iterator[Batch]) -> None:
         job.reporter.step(done.step)
 
         evaluates = done.step == last or done.step % config.eval.every_steps == 0
-        if evaluates or done.step % config.run.log_every_steps == 0:
+        saves = done.step == last or done.step % config.checkpoint.every_steps == 0
+        logs = evaluates or done.step % config.run.log_every_steps == 0
+        if (logs or saves) and config.data.max_skipped_shards:
+            _share_damaged(job, batches, told)
+        if logs:
             record = _measure(job, result, done, lr=lr, rows_per_second=rows / seconds, evaluates=evaluates)
+            if config.data.max_skipped_shards:
+                record["skipped_shards"] = len(batches.damaged)
             writer.write(record)
             job.reporter.record(record)
             rows, seconds = 0, 0.0
 
-        if done.step == last or done.step % config.checkpoint.every_steps == 0:
+        if saves:
             save(job, done)
     writer.close()
     job.reporter.say(f"done: step {last}; checkpoints, metrics and config are in {job.folder.path}")
@@ -186,6 +199,7 @@ def save(job: Job, at: Progress) -> None:
         extra={
             "tokenizer_id": job.data.train.tokenizer_id,
             "data_fingerprint": job.data.train.fingerprint,
+            "data": summarize(job.data.train),
             "layout": {"processes": job.world.world_size, "ep_size": job.layout.ep_size},
         },
     )
@@ -211,6 +225,10 @@ def _measure(
         tokens=done.position * job.config.data.sequence_length,
         tokens_per_second=rows_per_second * job.config.data.sequence_length,
     )
+    if not isinstance(job.config.data.shards, str):
+        lines = training_lines(job.config.data, job.data.train)
+        mixture = mixture_of(job.config.data, job.data.train, seed=job.config.run.seed)
+        record |= source_record(job.data.train, lines, mixture, position=done.position)
     reports = total_reports(result.reports, job.world)
     record["routers"] = router_record(reports)
     if exchange := job.world.exchange():
@@ -233,7 +251,16 @@ def _measure(
     return record
 
 
-def _train_batches(job: Job, position: int) -> Iterator[Batch]:
+def _share_damaged(job: Job, batches: TrainBatches, told: set[str]) -> None:
+    """Adds the damaged shards that other ranks met, so that the limit is that of all ranks, and names new ones on the console."""
+    found = {path: problem for part in job.world.all_gather_object(batches.damaged) for path, problem in part.items()}
+    for path in sorted(found.keys() - told):
+        job.reporter.say(f"skipped: {found[path]}")
+    told.update(found)
+    batches.add_damaged(found)
+
+
+def _train_batches(job: Job, position: int) -> TrainBatches:
     return train_batches(
         job.config.data,
         job.data.train,

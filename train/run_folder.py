@@ -98,17 +98,19 @@ def _torn(path: Path) -> str:
     )
 
 
-def write_folder(config: Config) -> None:
+def write_folder(config: Config, *, shards: Path | None = None) -> None:
     """Writes config.yaml, environment.json and the shards' tokenizer.json. Called by rank 0, after all have looked at the old ones.
+
+    shards: the folder with the tokenizer, if not the first that the config names (it may be fetched).
 
     Raises:
         RuntimeError: the folder cannot be made or written.
     """
-    folder = RunFolder(Path(config.run.dir))
+    folder, shards = RunFolder(Path(config.run.dir)), shards or Path(config.data.sources[0].shards)
     with explained(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
     replace_file(folder.config, to_yaml(config))
-    replace_file(folder.tokenizer, (Path(config.data.shards) / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    replace_file(folder.tokenizer, (shards / TOKENIZER_FILE).read_text(encoding="utf-8"))
     replace_file(folder.environment, json.dumps(describe_environment(), indent=2) + "\n")
 
 

@@ -122,7 +122,9 @@ class Result:
 def read(name: str, args: argparse.Namespace, ending: str) -> Result:
     folder: Path = args.runs / name
     config = load_config(ROOT / f"configs/{name}.yaml", settings(name, args))
-    model = Transformer(config.model, vocab_size=open_index(config.data.shards).vocab_size, backend="reference")
+    model = Transformer(
+        config.model, vocab_size=open_index(config.data.sources[0].shards).vocab_size, backend="reference"
+    )
     length = config.data.sequence_length
     costs = [line.cost for line in model_table(model, length=length)]
     macs = sum(cost.work.macs for cost in costs if cost is not None)

@@ -13,6 +13,7 @@ from data.config import DataConfig
 from data.index import open_index
 from data.loader import IGNORED, Batch, heldout_batches, train_batches
 from data.order import shard_order
+from tests.data.by_hand import fast_rows
 
 SEED = 3
 
@@ -49,22 +50,6 @@ def slow_rows(shards, *, length: int, streams: int, num_epochs: int) -> Iterator
                     "documents": [number for _, number in row[:-1]],
                     "continues": j > 0,
                 }
-
-
-def fast_rows(batches: list[list[Batch]]) -> Iterator[dict]:
-    """The rows of all ranks' batches, in the order of their positions, with the micro-steps in order."""
-    for of_ranks in zip(*batches, strict=True):
-        rows = {}
-        for batch in of_ranks:
-            for i, position in enumerate(batch.positions_B.tolist()):
-                assert position not in rows
-                rows[position] = {
-                    "tokens": batch.tokens_BS[i].tolist(),
-                    "targets": batch.targets_BS[i].tolist(),
-                    "documents": batch.document_ids_BS[i].tolist(),
-                    "continues": batch.continues_B[i].item(),
-                }
-        yield from (rows[position] for position in sorted(rows))
 
 
 def take(

@@ -29,6 +29,8 @@ def saved(*overrides: str) -> dict[str, Any]:
         "parallel.zero_stage=2",
         "parallel.node_size=1",
         "data.num_workers=2",
+        "data.max_skipped_shards=2",
+        "data.allow_pipe=true",
         "run.dir=moved",
         "run.device=cpu",
         "run.log_every_steps=1",
@@ -94,6 +96,44 @@ def test_resume_names_every_refused_key_and_none_of_the_allowed() -> None:
     ):
         assert part in message
     assert "checkpoint.keep" not in message
+
+
+def mixture(**weights: float) -> str:
+    return f"data.shards=[{', '.join(f'{{name: {n}, shards: {n}, weight: {w}}}' for n, w in weights.items())}]"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentences"),
+    [
+        (mixture(web=0.7, code=0.3), mixture(web=0.7, code=0.4), ["data.shards.code.weight was 0.3 and is 0.4"]),
+        (
+            mixture(web=0.7, code=0.3),
+            mixture(web=0.7, code=0.3, books=0.1),
+            ["data.shards.books was None and is {'name': 'books', 'shards': 'books', 'weight': 0.1}"],
+        ),
+        (mixture(web=0.7, code=0.3), mixture(web=0.7), ["data.shards.code was {'name': 'code'", "and is None"]),
+        (
+            mixture(web=0.7, code=0.3),
+            mixture(code=0.3, web=0.7),
+            ["data.shards (order) was ['web', 'code'] and is ['code', 'web']"],
+        ),
+        ("data.shards=web", mixture(web=1.0), ["data.shards was web and is"]),
+    ],
+)
+def test_resume_refuses_other_sources_and_weights_with_both_values(
+    before: str, after: str, sentences: list[str]
+) -> None:
+    assert check_resume(saved(before), load_config(TINY, [before])) == []
+    with pytest.raises(ValueError) as caught:
+        check_resume(saved(before), load_config(TINY, [after]))
+    for sentence in sentences:
+        assert sentence in str(caught.value)
+
+
+def test_another_node_may_have_another_cache() -> None:
+    remote = ["data.shards=http://host/x", "data.cache=/one"]
+    changes = check_resume(saved(*remote), load_config(TINY, [*remote, "data.cache=/two", "data.cache_gb=5.0"]))
+    assert changes == ["data.cache was /one and is /two", "data.cache_gb was 100.0 and is 5.0"]
 
 
 def test_resume_of_the_same_config_says_nothing() -> None:

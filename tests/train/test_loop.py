@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from torch.nn.functional import cross_entropy
 
-from data.index import open_index
 from data.loader import train_batches
+from data.split import open_train
 from model.parameters import materialize
 from model.transformer import Transformer
 from tests.model.build import context
@@ -71,10 +71,10 @@ def test_a_run_goes_on_with_the_shards_written_anew(folder: Path):
 
 def loss_of_the_first_step(config: Config, *, seed: int) -> float:
     """Weights, rows and dropout masks of `seed` in a plain forward pass."""
-    index = open_index(config.data.shards)
-    model = Transformer(config.model, vocab_size=index.vocab_size, backend="reference")
+    split = open_train(config.data)
+    model = Transformer(config.model, vocab_size=split.vocab_size, backend="reference")
     materialize(model, seed=seed)
-    batch = next(train_batches(config.data, index, seed=seed, accumulation_steps=1, rank=0, num_ranks=1, position=0))
+    batch = next(train_batches(config.data, split, seed=seed, accumulation_steps=1, rank=0, num_ranks=1, position=0))
     facts = context(batch.positions_B.tolist(), documents_BS=batch.document_ids_BS, seed=seed, depth=-1)
     logits_BSV = model.train()(batch.tokens_BS, facts).logits_BSV
     return cross_entropy(logits_BSV.flatten(0, 1), batch.targets_BS.flatten()).item()

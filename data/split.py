@@ -1,0 +1,185 @@
+"""What the `data` section names, opened: the sources of the training rows, and the held-out shards. Fetches what opening needs.
+
+Of a remote set the index, the tokenizer and every sidecar come first (24 bytes a document); the tars come when they are read
+(data/cache.py). They lie in a folder of data.cache that is named by address and index, so a set that changes gets another folder and a
+run that still uses the old one keeps it. Adopting (data/adopt.py) needs a local folder: a remote one must have its index. Called by
+train/.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.cache import GB, ShardCache
+from data.config import DataConfig, is_remote
+from data.damage import check_limit
+from data.files import exclusive, sha256_of, write_whole
+from data.index import INDEX_FILE, ShardIndex, check_tokenizer, open_index
+from data.remote import fetch
+from data.shards import SHARD_SUFFIX, SIDECAR_SUFFIX, ShardInfo
+from data.tokenizer import TOKENIZER_FILE
+
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no folder, and nothing that a shell takes for its own
+FETCHERS = 8  # sidecars at once: they are small, so waiting is most of their time
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source. name: empty for the one that data.shards names by its path alone."""
+
+    name: str
+    weight: float
+    index: ShardIndex
+
+
+@dataclass(frozen=True)
+class TrainSplit:
+    """All sources of the training rows, of one tokenizer."""
+
+    sources: tuple[Source, ...]
+
+    @property
+    def tokenizer_id(self) -> str:
+        return self.sources[0].index.tokenizer_id
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sources[0].index.vocab_size
+
+    @property
+    def end_token(self) -> int:
+        return self.sources[0].index.end_token
+
+    @property
+    def token_bytes_V(self) -> np.ndarray:
+        """Text bytes of each id, int64."""
+        return self.sources[0].index.token_bytes_V
+
+    @property
+    def folder(self) -> Path:
+        """Where the first source's tokenizer.json lies."""
+        return self.sources[0].index.folder
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for equal rows: of a path the shards' own, of a list also the names and weights."""
+        if not self.sources[0].name:
+            return self.sources[0].index.fingerprint
+        parts = [[source.name, source.weight, source.index.fingerprint] for source in self.sources]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def damaged(self) -> Mapping[str, str]:
+        """Path and problem of each shard that was let pass when it was opened."""
+        return {path: problem for source in self.sources for path, problem in source.index.damaged.items()}
+
+
+def one_source(index: ShardIndex) -> TrainSplit:
+    """The split whose one source is `index`."""
+    return TrainSplit((Source("", 1.0, index),))
+
+
+def open_train(config: DataConfig) -> TrainSplit:
+    """Opens every source of `data.shards`.
+
+    Raises ValueError where they are no shards or their tokenizers differ, RuntimeError for damage beyond
+    `data.max_skipped_shards` and for what cannot be fetched.
+    """
+    tolerant = config.max_skipped_shards > 0
+    split = TrainSplit(
+        tuple(
+            Source(source.name, source.weight, _open(source.shards, config, tolerant=tolerant))
+            for source in config.sources
+        )
+    )
+    for source in split.sources[1:]:
+        check_tokenizer(split.sources[0].index, source.index)
+    check_limit(split.damaged, limit=config.max_skipped_shards)
+    return split
+
+
+def open_heldout(config: DataConfig) -> ShardIndex:
+    """Opens `data.heldout`; damage there is always an error, because the loss of other targets cannot be compared."""
+    return _open(config.heldout, config, tolerant=False)
+
+
+def _open(place: str, config: DataConfig, *, tolerant: bool) -> ShardIndex:
+    if not is_remote(place):
+        return open_index(place, tolerant=tolerant)
+    assert config.cache is not None, "data/config.py lets no remote place pass without a cache"
+    root = Path(config.cache)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folder, shards = _fetch_all_but_tars(place, root)
+    except OSError as error:
+        raise RuntimeError(
+            f"data.cache must be a folder that can be written, but {root} cannot ({error.strerror or error}): choose another"
+        ) from error
+    limit = int(config.cache_gb * GB)
+    largest = max(shards, key=lambda shard: shard.bytes)
+    if largest.bytes > limit:
+        raise ValueError(
+            f"data.cache_gb must hold each shard, but it is {config.cache_gb} and {largest.name} of {place} has "
+            f"{largest.bytes / GB} GB: raise data.cache_gb"
+        )
+    return open_index(folder, cache=ShardCache(root, limit, place))
+
+
+def _fetch_all_but_tars(place: str, root: Path) -> tuple[Path, list[ShardInfo]]:
+    """The folder in the cache that has all but the tars, and the shards. Whatever process comes first fetches, others wait."""
+    content = _content(place, INDEX_FILE)
+    shards = _shards_of(place, content)
+    name = "-".join(hashlib.sha256(part).hexdigest()[:16] for part in (place.encode(), content))
+    folder = root / f"index-{name}"
+    folder.mkdir(exist_ok=True)
+    with exclusive(root / f".{folder.name}.lock"):
+        if not (folder / TOKENIZER_FILE).is_file():
+            write_whole(folder / TOKENIZER_FILE, _content(place, TOKENIZER_FILE))
+        with ThreadPoolExecutor(FETCHERS) as pool:
+            list(pool.map(lambda shard: _fetch_sidecar(place, folder, shard), shards))
+        if not (folder / INDEX_FILE).is_file():
+            write_whole(folder / INDEX_FILE, content)  # last: the folder is whole
+    return folder, shards
+
+
+def _fetch_sidecar(place: str, folder: Path, shard: ShardInfo) -> None:
+    path = (folder / shard.name).with_suffix(SIDECAR_SUFFIX)
+    if path.is_file() and sha256_of(path) == shard.sidecar_sha256:
+        return
+    write_whole(path, _content(place, path.name, sha256=shard.sidecar_sha256))
+
+
+def _content(place: str, name: str, *, sha256: str | None = None) -> bytes:
+    file = BytesIO()
+    fetch(place, name, file, sha256=sha256)
+    return file.getvalue()
+
+
+def _shards_of(place: str, content: bytes) -> list[ShardInfo]:
+    """The shards that an index lists, with names that are safe as files here and in a command."""
+    try:
+        listed: list[dict[str, Any]] = json.loads(content)["shards"]
+        shards = [ShardInfo(**shard) for shard in listed]
+        safe = [PLAIN_NAME.fullmatch(shard.name) and shard.name.endswith(SHARD_SUFFIX) for shard in shards]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(f"{INDEX_FILE} of {place} cannot be read ({error!r}): put the whole index there") from error
+    if not all(safe) or not shards:
+        first = (
+            "no shards"
+            if not shards
+            else f"the shard {shards[safe.index(None) if None in safe else safe.index(False)].name!r}"
+        )
+        raise RuntimeError(
+            f"{INDEX_FILE} of {place} must list tars whose names have letters, digits, _ . and - only, but it lists {first}: rename "
+            "them and write the index anew"
+        )
+    return shards

@@ -1,0 +1,50 @@
+"""Reader processes: each makes its share of an endless sequence ahead of time. Knows nothing of rows. Used by data/loader.py."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+Item = TypeVar("Item")
+
+
+class _Share(IterableDataset[Any]):
+    """What one reader process yields: its share, and the error that ended it, if one did."""
+
+    def __init__(self, work: Callable[[int, int], Iterator[Any]]) -> None:
+        self._work = work
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        assert worker is not None
+        try:
+            yield from self._work(worker.id, worker.num_workers)
+        except (ValueError, RuntimeError, OSError) as error:
+            yield error  # as a value, because the DataLoader would replace its one sentence by a traceback
+
+
+def in_processes(work: Callable[[int, int], Iterator[Item]], *, num_workers: int) -> Iterator[Item]:
+    """The items of a sequence of which `work(w, num_workers)` makes every `num_workers`-th from the w-th on, in order.
+
+    `work` must be picklable. Raises what ended the process that should have made the next.
+    """
+    loader = DataLoader(
+        _Share(work),
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        multiprocessing_context=multiprocessing.get_context(
+            "spawn"
+        ),  # a fork of a process with threads (gloo, CUDA) may hang
+        generator=torch.Generator(),  # else it draws from torch's global one, whose state then depends on num_workers
+    )
+    for item in loader:
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
+def _unchanged(item: Any) -> Any:
+    return item
