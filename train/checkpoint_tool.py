@@ -20,7 +20,7 @@ from train.inventory import Found, damages, inventory, places, prunable
 from train.run_lock import hold
 from train.source import CheckpointSource, open_source
 
-WIDE = 200  # columns where there is no terminal: nothing of a table is cut off in a file or a pipe
+WIDE = 200  # columns where there is no terminal: no line of a table is broken in a file or a pipe
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -71,21 +71,26 @@ def _positive(text: str) -> int:
 def _list(args: argparse.Namespace, console: Console) -> int:
     folder = places(args.dir).checkpoints
     found = inventory(folder)
+    damaged = {one.path: [one.problem] if one.problem else [] for one in found}
+    if args.verify:
+        damaged = _damages(found, console)
     table = Table(box=None, pad_edge=False)
     for title in ("step", "position", "bytes", "files"):
         table.add_column(title, justify="right")
     for title in ("written by", "latest", "state"):
         table.add_column(title)
     for one in found:
-        state = one.problem or ("; ".join(_damages([one], console)[one.path]) if args.verify else "") or "whole"
         position = "?" if one.position is None else f"{one.position:,}"
-        mark = "<-" if one.meant else ""
+        mark, state = "<-" if one.meant else "", "damaged" if damaged[one.path] else "whole"
         table.add_row(f"{one.step:,}", position, f"{one.size:,}", str(one.num_files), one.layout or "?", mark, state)
     console.print(table)
+    for sentences in damaged.values():
+        for sentence in sentences:
+            print(f"damaged: {sentence}")
     for leftover in sorted(folder.glob(f"step_*{PARTIAL}")):
-        console.print(f"{leftover.name} is being written, or a killed save left it: the next save removes it")
+        print(f"{leftover.name} is being written, or a killed save left it: the next save removes it")
     if not args.verify:
-        console.print("manifests and lengths were checked: verify compares every byte")
+        print("manifests and lengths were checked: --verify compares every byte")
     return 0
 
 
