@@ -110,15 +110,15 @@ def test_on_resume_the_runs_own_checkpoints_win_and_the_folder_is_not_needed(fol
     shutil.rmtree(folder / "first")
     own = weights(folder / "second")
     run(steps(4), ALONE)
-    assert steps_told(folder / "second") == [2, 4]
+    assert [record["step"] for record in records_of(folder / "second")] == [2, 4]
     assert not equal(weights(folder / "second"), own)
     shutil.rmtree(folder / "second" / "checkpoints")
     with pytest.raises(ValueError, match=r"run.init_from must name .*first/checkpoints holds no checkpoint"):
         run(steps(4), ALONE)
 
 
-def steps_told(folder: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +187,8 @@ def test_each_layout_begins_with_the_same_weights(tmp_path: Path, pool, ep_size:
     values = run_of(tmp_path, "many", run=fields, model=model).model_dump(mode="json")
     values["parallel"] |= {"ep_size": ep_size, "zero_stage": zero_stage}
     pool(2).run(on_a_rank, values)
+    many, alone = (records_of(tmp_path / name)[0]["loss"] for name in ("many", "alone"))
+    assert many == pytest.approx(alone, rel=1e-5), "the weights that compute are those that are saved"
     assert equal(
         read_tensors(newest(tmp_path / "many"), kind="master"), read_tensors(newest(tmp_path / "alone"), kind="master")
     )

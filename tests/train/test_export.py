@@ -98,6 +98,12 @@ def test_bfloat16_rounds_all_but_routers_and_states(trained: dict[str, Path], tm
         "layers.0.feedforward.router.weight",
         "layers.0.feedforward.selection.bias",
     }
+    data = (tmp_path / "out" / "model.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    assert max(places[name][1] for name in wide) == min(places[name][0] for name in places.keys() - wide), (
+        "wide elements come first, so that every tensor begins at a multiple of its element size"
+    )
     for name, value in expected(trained["switchall"]).items():
         assert torch.equal(found[name], value if name in wide else value.bfloat16()), name
 
