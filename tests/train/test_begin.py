@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,10 @@ from train.trained import load_run
 
 pytestmark = pytest.mark.usefixtures("torch_as_it_was")
 CPU = torch.device("cpu")
-WITH_BIAS = {"sigma_moe": {"num_experts": 5, "expert_dim": 4, "top_k": 2, "balance": "bias"}}
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = {"expert_backend": "reference"}  # nothing is measured before the first step
+EXPERTS = {"num_experts": 5, "expert_dim": 4, "top_k": 2, "balance": "bias"}
+WITH_BIAS = QUICK | {"sigma_moe": EXPERTS}
 STILL = {"lr": 0.0}
 DENSE = {
     "mixers": ["attention"],
@@ -32,7 +37,7 @@ DENSE = {
     "dense_mlp": {"hidden_dim": 12, "bias": False},
     "dropout": 0.0,
 }
-TWIN = {"sigma_moe": {"num_experts": 5, "expert_dim": 12, "top_k": 2}, "dropout": 0.0}
+TWIN = QUICK | {"sigma_moe": {"num_experts": 5, "expert_dim": 12, "top_k": 2}, "dropout": 0.0}
 
 
 def run_of(folder: Path, name: str, *, run: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Config:
@@ -56,13 +61,28 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
     return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards, a run of three steps in `first`, and one of a dense model in `dense`."""
+    folder = tmp_path_factory.mktemp("begin")
+    write_shards(folder / "shards", seed=1)
+    values = [
+        tiny_config(folder, run={"dir": str(folder / name)}, model=model, checkpoint={"every_steps": 2}).model_dump()
+        for name, model in (("first", WITH_BIAS), ("dense", DENSE))
+    ]
+    # in a process of its own, because a run changes torch's switches
+    program = "import sys, json; from tests.train.test_begin import alone; [alone(v) for v in json.load(sys.stdin)]"
+    subprocess.run([sys.executable, "-c", program], input=json.dumps(values), text=True, check=True, cwd=ROOT)
+    return folder
+
+
+def alone(values: dict[str, Any]) -> None:
+    run(Config.model_validate_json(json.dumps(values)), ALONE)
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Shards, and a run of three steps in `first`."""
-    write_shards(tmp_path / "shards", seed=1)
-    fields = {"dir": str(tmp_path / "first")}
-    run(tiny_config(tmp_path, run=fields, model=WITH_BIAS, checkpoint={"every_steps": 2}), ALONE)
-    return tmp_path
+def folder(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path, dirs_exist_ok=True))
 
 
 def given(folder: Path, form: str) -> Path:
@@ -75,7 +95,7 @@ def given(folder: Path, form: str) -> Path:
 
 @pytest.mark.parametrize("form", ["run", "checkpoints", "step", "export"])
 def test_weights_and_states_are_taken_and_nothing_else(folder: Path, form: str, capsys):
-    still = {"sigma_moe": WITH_BIAS["sigma_moe"] | {"bias_update_speed": 1e-30}}
+    still = QUICK | {"sigma_moe": EXPERTS | {"bias_update_speed": 1e-30}}
     source = given(folder, form)
     run(run_of(folder, "second", run={"init_from": str(source), "seed": 6}, model=still), ALONE)
     taken = newest(folder / "second")
@@ -126,7 +146,7 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
     [
         (WITH_BIAS | {"d_model": 16}, ["embedding.weight has shape [", ", 8] in", ", 16] here", "model.d_model was 8 and is 16"]),
         (
-            {"sigma_moe": WITH_BIAS["sigma_moe"] | {"num_experts": 6}},
+            {"sigma_moe": EXPERTS | {"num_experts": 6}},
             ["has shape [5, 4, 8] in", "[6, 4, 8] here", "model.sigma_moe.num_experts was 5 and is 6"],
         ),
         (WITH_BIAS | {"num_layers": 2}, ["layers.1.", "has shape none in", "model.num_layers was 1 and is 2"]),
@@ -178,19 +198,17 @@ def on_a_rank(values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("ep_size", "zero_stage"), [(2, 0), (2, 1), (1, 2)])
 @pytest.mark.parametrize("upcycle", [False, True])
-def test_each_layout_begins_with_the_same_weights(tmp_path: Path, pool, ep_size: int, zero_stage: int, upcycle: bool):
-    write_shards(tmp_path / "shards", seed=1)
-    run(run_of(tmp_path, "first", model=DENSE if upcycle else WITH_BIAS, optim={"lr": 0.01}), ALONE)
-    fields = {"init_from": str(tmp_path / "first"), "upcycle": upcycle, "seed": 6}
+def test_each_layout_begins_with_the_same_weights(folder: Path, pool, ep_size: int, zero_stage: int, upcycle: bool):
+    fields = {"init_from": str(folder / ("dense" if upcycle else "first")), "upcycle": upcycle, "seed": 6}
     model = TWIN if upcycle else WITH_BIAS
-    run(run_of(tmp_path, "alone", run=fields, model=model), ALONE)
-    values = run_of(tmp_path, "many", run=fields, model=model).model_dump(mode="json")
+    run(run_of(folder, "alone", run=fields, model=model), ALONE)
+    values = run_of(folder, "many", run=fields, model=model).model_dump(mode="json")
     values["parallel"] |= {"ep_size": ep_size, "zero_stage": zero_stage}
     pool(2).run(on_a_rank, values)
-    many, alone = (records_of(tmp_path / name)[0]["loss"] for name in ("many", "alone"))
+    many, alone = (records_of(folder / name)[0]["loss"] for name in ("many", "alone"))
     assert many == pytest.approx(alone, rel=1e-5), "the weights that compute are those that are saved"
     assert equal(
-        read_tensors(newest(tmp_path / "many"), kind="master"), read_tensors(newest(tmp_path / "alone"), kind="master")
+        read_tensors(newest(folder / "many"), kind="master"), read_tensors(newest(folder / "alone"), kind="master")
     )
 
 
@@ -200,29 +218,24 @@ def loss(folder: Path) -> float:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_upcycled_run_begins_where_the_dense_one_ended(tmp_path: Path, dtype: str):
-    write_shards(tmp_path / "shards", seed=1)
-    fields = {"dtype": dtype}
-    run(run_of(tmp_path, "dense", run=fields | {"steps": 3}, model=DENSE, optim={"lr": 1e-2}), ALONE)
-    fields |= {"init_from": str(tmp_path / "dense"), "upcycle": True}
-    run(run_of(tmp_path, "twin", run=fields, model=TWIN), ALONE)
-    run(run_of(tmp_path, "exact", run=fields | {"upcycle_router_std": 0.0}, model=TWIN), ALONE)
-    expected = loss(tmp_path / "dense")
+def test_an_upcycled_run_begins_where_the_dense_one_ended(folder: Path, dtype: str):
+    fields = {"dtype": dtype, "init_from": str(folder / "dense"), "upcycle": True}
+    run(run_of(folder, "twin", run=fields, model=TWIN), ALONE)
+    run(run_of(folder, "exact", run=fields | {"upcycle_router_std": 0.0}, model=TWIN), ALONE)
+    expected = loss(folder / "dense")
     if dtype == "float32":
-        assert loss(tmp_path / "exact") == pytest.approx(expected, rel=1e-7)
-        assert loss(tmp_path / "twin") == pytest.approx(expected, rel=1e-4)
-        assert loss(tmp_path / "twin") != pytest.approx(expected, rel=1e-7)
+        assert loss(folder / "exact") == pytest.approx(expected, rel=1e-7)
+        assert loss(folder / "twin") == pytest.approx(expected, rel=1e-4)
+        assert loss(folder / "twin") != pytest.approx(expected, rel=1e-7)
     else:
-        assert loss(tmp_path / "twin") == pytest.approx(expected, rel=3e-3)
+        assert loss(folder / "twin") == pytest.approx(expected, rel=3e-3)
 
 
-def test_the_new_routers_are_those_of_the_seed_made_small(tmp_path: Path):
-    write_shards(tmp_path / "shards", seed=1)
-    run(run_of(tmp_path, "dense", model=DENSE), ALONE)
-    fields = {"init_from": str(tmp_path / "dense"), "upcycle": True, "seed": 9, "upcycle_router_std": 0.02}
-    config = run_of(tmp_path, "twin", run=fields, model=TWIN)
+def test_the_new_routers_are_those_of_the_seed_made_small(folder: Path):
+    fields = {"init_from": str(folder / "dense"), "upcycle": True, "seed": 9, "upcycle_router_std": 0.02}
+    config = run_of(folder, "twin", run=fields, model=TWIN)
     run(config, ALONE)
-    found = weights(tmp_path / "twin")
+    found = weights(folder / "twin")
     drawn = Transformer(config.model, vocab_size=found["embedding.weight"].shape[0], backend="reference")
     materialize(drawn, seed=9)
     routers = {name: value for name, value in drawn.named_parameters() if "router" in name}
@@ -233,12 +246,10 @@ def test_the_new_routers_are_those_of_the_seed_made_small(tmp_path: Path):
         assert direction == pytest.approx(1.0, abs=1e-6)
 
 
-def test_the_default_keeps_the_gates_within_a_thousandth_of_a_half(tmp_path: Path):
-    write_shards(tmp_path / "shards", seed=1)
-    run(run_of(tmp_path, "dense", model=DENSE, run={"steps": 3}, optim={"lr": 1e-2}), ALONE)
-    fields = {"init_from": str(tmp_path / "dense"), "upcycle": True}
-    run(run_of(tmp_path, "twin", run=fields, model=TWIN), ALONE)
-    model, gates = load_run(tmp_path / "twin", device=CPU).model, []
+def test_the_default_keeps_the_gates_within_a_thousandth_of_a_half(folder: Path):
+    fields = {"init_from": str(folder / "dense"), "upcycle": True}
+    run(run_of(folder, "twin", run=fields, model=TWIN), ALONE)
+    model, gates = load_run(folder / "twin", device=CPU).model, []
     for name, module in model.named_modules():
         if name.endswith("router"):
             module.register_forward_hook(lambda _m, _i, logits: gates.append(logits.detach().sigmoid()))
@@ -247,14 +258,12 @@ def test_the_default_keeps_the_gates_within_a_thousandth_of_a_half(tmp_path: Pat
     assert max(float((gate - 0.5).abs().max()) for gate in gates) < 1e-3
 
 
-def test_a_dense_model_that_does_not_fit_is_an_error_that_says_what_would(tmp_path: Path):
-    write_shards(tmp_path / "shards", seed=1)
-    run(run_of(tmp_path, "dense", model=DENSE), ALONE)
-    fields = {"init_from": str(tmp_path / "dense"), "upcycle": True}
+def test_a_dense_model_that_does_not_fit_is_an_error_that_says_what_would(folder: Path):
+    fields = {"init_from": str(folder / "dense"), "upcycle": True}
     narrow = TWIN | {"sigma_moe": {"num_experts": 5, "expert_dim": 7, "top_k": 2}}
     with pytest.raises(ValueError, match=r"hidden_dim is 12 and .* expert_dim 7: .*choose expert_dim 12 \(copies"):
-        run(run_of(tmp_path, "twin", run=fields, model=narrow), ALONE)
+        run(run_of(folder, "twin", run=fields, model=narrow), ALONE)
     xl = {"switchhead": {"num_heads": 2, "head_dim": 4, "num_experts": 3, "top_k": 2, "positions": "xl"}}
     with pytest.raises(ValueError, match=r"positions must be equal, but the dense model has rope and this model xl"):
-        run(run_of(tmp_path, "twin", run=fields, model=TWIN | xl), ALONE)
-    assert not (tmp_path / "twin").exists()
+        run(run_of(folder, "twin", run=fields, model=TWIN | xl), ALONE)
+    assert not (folder / "twin").exists()
