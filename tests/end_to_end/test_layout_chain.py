@@ -61,7 +61,9 @@ MODEL = {
 
 
 def config_at(run: Path, place: Place, *, steps: int) -> Config:
-    parallel: dict[str, Any] = {"ep_size": place.ep_size, "zero_stage": place.zero_stage, "exchange": place.exchange}
+    columns = place.ep_size if place.exchange == "tokens" else "auto"  # a table that travels as weights has none
+    parallel: dict[str, Any] = {"ep_size": place.ep_size, "zero_stage": place.zero_stage}
+    parallel |= {"exchange": place.exchange, "table_columns": columns}
     fields: dict[str, dict[str, Any]] = {
         "run": {"dir": str(run), "steps": steps, "log_every_steps": 1},
         "data": {"global_batch_size": 8, "streams": 8},
@@ -161,6 +163,9 @@ def test_three_changes_of_layout_carry_every_tensor_on(tmp_path: Path, pool: Poo
     ]
     for place in places:
         chain.visit(place, steps=2)
+        entries = read_manifest(chain.path(chain.steps)).tensors.values()
+        columns = any(piece.box is not None for entry in entries for piece in entry.pieces)
+        assert columns == (place.ep_size > 1 and place.exchange == "tokens"), "the table is split by columns"
     kinds = {name.split("/")[0] for name in chain.tensors(chain.steps)}
     assert kinds == {"master", "exp_avg", "exp_avg_sq", "state", "step and position"}
     states = {name.rpartition(".")[2] for name in chain.tensors(chain.steps) if name.startswith("state/")}
