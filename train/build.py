@@ -6,21 +6,21 @@ zero_stage 0. Called by train/run.py, which owns the order.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from data.index import ShardIndex, check_tokenizer
 from data.split import TrainSplit, open_heldout, open_train
 from model.memory import StreamMemory
-from model.parameters import fill, materialize, states_of
+from model.parameters import fill, materialize
 from model.transformer import Transformer
 from parallel.config import ProcessInfo
 from train.backends import Backends, bank_works, by_layers, choose_backends, excluded, unmeasured_backend
-from train.checkpoint import read_tensors
 from train.config import Config, Layout
 from train.engine import Engine, LocalMesh, PlainEngine, World
 from train.optimizer import build_optimizer, parameter_groups
@@ -92,16 +92,15 @@ def choose_kernels(config: Config, layout: Layout, world: World) -> tuple[Backen
     return backends, [*excluded(config, works, world.device), *backends.notes()]
 
 
-def load_model(path: Path, config: Config, *, vocab_size: int, device: torch.device) -> Transformer:
-    """The whole network with the weights of the checkpoint `path`, for one process that only reads it."""
+def load_model(values: Mapping[str, Tensor], config: Config, *, vocab_size: int, device: torch.device) -> Transformer:
+    """The whole network with these weights and states by name, for one process that only reads it."""
     model = build_model(config, vocab_size=vocab_size)
     alone = Layout(ep_size=1, node_size=1)
     works = bank_works(config, alone, {}, processes=1)
     Backends(
         {bank: unmeasured_backend(config.model.expert_backend, work, device) for bank, work in works.items()}
     ).apply(model)
-    states = read_tensors(path, names=states_of(model))
-    fill(model, read_tensors(path, kind="master") | states, device=device)
+    fill(model, values, device=device)
     return model
 
 

@@ -4,10 +4,13 @@ Owns what all ranks do together: save, find the newest whole checkpoint, fill ea
 (train/manifest.py, docs/checkpoint_format.md), the tensor files (train/storage.py), the names and renames in the folder
 (train/checkpoint_folder.py), nor which ranges a rank holds: train/run.py, the caller, brings them as `Fragment`s.
 
+`python -m train.checkpoint list|verify|prune|export` is train/checkpoint_tool.py.
+
 Every function that takes a mesh is called by all ranks, and makes the same collectives on each even when one of them fails.
 """
 
 import logging
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -188,7 +191,7 @@ def load(path: Path, *, fragments: list[Fragment], mesh: Mesh, verify: bool = Tr
     reports = _gather(mesh, Report.of(parts, step=state.step, position=state.position))
     on_every_rank(mesh, lambda: check_load(path, manifest, reports))
     if verify:
-        on_every_rank(mesh, lambda: check_files(path, manifest, share=mesh.rank, shares=mesh.world_size))
+        on_every_rank(mesh, lambda: check_files(path, manifest.files, share=mesh.rank, shares=mesh.world_size))
     on_every_rank(mesh, lambda: read_parts(path, manifest, parts))
     return state
 
@@ -245,7 +248,7 @@ def _write_manifest(partial: Path, state: TrainState, reports: Sequence[Report],
 
 
 def _check_whole(path: Path, *, share: int, shares: int) -> None:
-    check_files(path, read_manifest(path), share=share, shares=shares)
+    check_files(path, read_manifest(path).files, share=share, shares=shares)
 
 
 def _problem(path: Path, *, share: int, shares: int) -> str | None:
@@ -254,3 +257,9 @@ def _problem(path: Path, *, share: int, shares: int) -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
+
+
+if __name__ == "__main__":
+    from train.checkpoint_tool import main  # not at the top: it is built on this module
+
+    sys.exit(main())

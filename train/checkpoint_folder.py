@@ -1,7 +1,8 @@
 """The folder of a run's checkpoints: which one counts, how a new one takes its place, what is cleared away.
 
 Owns the names (step_000100, .partial while it is written, .old while it is replaced), the file `latest`, and the order of renames
-that leaves a whole checkpoint at every instant. Does not own what is inside a checkpoint. Called by train/checkpoint.py on rank 0.
+that leaves a whole checkpoint at every instant. Does not own what is inside a checkpoint. Called by train/checkpoint.py on rank 0, and by
+train/inventory.py and checkpoint_tool.py, which look at the folder and remove old ones.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ def candidates(folder: Path) -> list[str]:
         RuntimeError: `latest` is there but no checkpoint is.
     """
     names = [entry.name for entry in folder.iterdir() if STEP_FOLDER.fullmatch(entry.name)] if folder.is_dir() else []
-    names.sort(key=lambda name: (_step_of(name), not name.endswith(OLD)), reverse=True)
+    names.sort(key=lambda name: (step_of(name), not name.endswith(OLD)), reverse=True)
     latest = folder / LATEST
     if not names:
         if latest.exists():
@@ -49,11 +50,27 @@ def candidates(folder: Path) -> list[str]:
                 f"{latest} names a checkpoint, but there is none in {folder}: bring it back, or remove {latest} to start anew"
             )
         return []
-    digest = _latest_digest(folder)
-    meant = [name for name in names if digest is not None and _manifest_digest(folder / name) == digest]
-    if not meant:
+    named = meant(folder)
+    if named is None:
         logger.warning("%s is damaged, or the checkpoint that it names is: taking the newest whole one", latest)
-    return meant + [name for name in names if name not in meant]
+        return names
+    return [named, *(name for name in names if name != named)]
+
+
+def meant(folder: Path) -> str | None:
+    """The name of the checkpoint that `latest` means; None if there is none, or `latest` is damaged."""
+    digest = _latest_digest(folder)
+    if digest is None:
+        return None
+    names = sorted(entry.name for entry in folder.iterdir() if STEP_FOLDER.fullmatch(entry.name))
+    return next((name for name in names if _manifest_digest(folder / name) == digest), None)
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint by the name of its folder."""
+    found = STEP_FOLDER.fullmatch(name)
+    assert found is not None, name
+    return int(found.group(1))
 
 
 def prepare(folder: Path, step: int) -> None:
@@ -115,12 +132,6 @@ def discard(path: Path) -> None:
         logger.warning("%s could not be removed (%s): the next save tries again", path, error)
 
 
-def _step_of(name: str) -> int:
-    found = STEP_FOLDER.fullmatch(name)
-    assert found is not None, name
-    return int(found.group(1))
-
-
 def _latest_digest(folder: Path) -> str | None:
     with contextlib.suppress(OSError, UnicodeDecodeError):
         found = LATEST_LINE.fullmatch((folder / LATEST).read_text(encoding="ascii"))
@@ -150,6 +161,6 @@ def _manifest_digest(path: Path) -> str | None:
 
 def _prune(folder: Path, step: int, keep: int) -> None:
     names = [entry.name for entry in folder.iterdir() if STEP_FOLDER.fullmatch(entry.name)]
-    plain = sorted((name for name in names if not name.endswith(OLD) and _step_of(name) <= step), key=_step_of)
+    plain = sorted((name for name in names if not name.endswith(OLD) and step_of(name) <= step), key=step_of)
     for name in sorted(set(names) - set(plain[-keep:])):
         discard(folder / name)

@@ -48,6 +48,20 @@ class RunConfig(Section):
         default="auto", description="auto: cuda where torch sees a GPU, else cpu"
     )
     log_every_steps: Count = Field(default=10, description="steps between two lines of metrics")
+    init_from: str | None = Field(
+        None, min_length=1, description="run folder, checkpoint or export whose weights a new run begins with"
+    )
+    upcycle: bool = Field(False, description="init_from is a dense model: its layers become this one's experts")
+    upcycle_router_std: NotNegative | None = Field(None, description="of the new routers' first logits; null: 0.001")
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        if (self.upcycle and self.init_from is None) or (not self.upcycle and self.upcycle_router_std is not None):
+            raise ValueError(
+                f"upcycle needs init_from, and upcycle_router_std needs upcycle, but init_from is {self.init_from}, upcycle is "
+                f"{self.upcycle} and upcycle_router_std is {self.upcycle_router_std}: set what is missing, or remove the rest"
+            )
+        return self
 
 
 class OptimConfig(Section):

@@ -111,7 +111,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
         prog="python -m train.evaluate", description="The held-out loss of the newest checkpoint of a run."
     )
     add = parser.add_argument
-    add("--run", required=True, type=Path, metavar="DIR", help="the run's folder (run.dir)")
+    add("--run", required=True, type=Path, metavar="DIR", help="the run's folder (run.dir), or an export")
     add("--heldout", metavar="DIR", help="shards to score (default: data.heldout of the run)")
     add("--max-tokens", type=int, metavar="N", help="targets to score at most (default: eval.max_tokens of the run)")
     add(

@@ -86,7 +86,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m train.generate", description="Write text with the newest checkpoint of a run."
     )
     add = parser.add_argument
-    add("--run", required=True, type=Path, metavar="DIR", help="the run's folder (run.dir)")
+    add("--run", required=True, type=Path, metavar="DIR", help="the run's folder (run.dir), or an export")
     add("--prompt", default="", metavar="TEXT", help="what the text begins with (default: the start of a document)")
     add("--max-tokens", type=int, default=200, metavar="N", help="tokens to write at most (default: 200)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token (default: 0.8)")

@@ -19,6 +19,7 @@ from model.router import collapse_alarm
 from model.selection import bias_ranges
 from parallel.config import ProcessInfo
 from train import checkpoint
+from train.begin import begin_from
 from train.build import (
     Data,
     build_memory,
@@ -35,6 +36,7 @@ from train.evaluate import evaluate
 from train.metrics import MetricsWriter, Reporter, evaluation_record, router_record, source_record, step_record
 from train.optimizer import learning_rate
 from train.run_folder import RunFolder, find_changes, write_folder
+from train.run_lock import hold_together
 from train.step import StepResult, StepSettings, total_reports, train_step
 from train.together import on_every_rank, on_rank_zero, read_together
 
@@ -88,7 +90,10 @@ def run(config: Config, info: ProcessInfo) -> None:
         backends, kernel_notes = choose_kernels(config, layout, world)
         backends.apply(model)
         engine = build_engine(model)
-        with Reporter(is_main=world.rank == 0, total_steps=config.run.steps) as reporter:
+        with (
+            hold_together(world, Path(config.run.dir)),
+            Reporter(is_main=world.rank == 0, total_steps=config.run.steps) as reporter,
+        ):
             reporter.say(
                 f"{count_parameters(model):,} parameters on {info.world_size} process(es), ep_size {layout.ep_size}, "
                 f"zero_stage {config.parallel.zero_stage}, {config.run.dtype}"
@@ -108,14 +113,16 @@ def run(config: Config, info: ProcessInfo) -> None:
 
 
 def restore(job: Job) -> Progress:
-    """Fills the engine from the newest whole checkpoint of the run folder, if there is one.
+    """Fills the engine from the newest whole checkpoint of the run folder, if there is one, else from run.init_from, if that is set.
 
     Raises:
-        ValueError: the checkpoint was made with another config, from other shards or with another tokenizer.
+        ValueError: the checkpoint was made with another config, from other shards or with another tokenizer; run.init_from does not fit.
         RuntimeError: there are checkpoints, but none is whole.
     """
     newest = checkpoint.latest(job.folder.checkpoints, mesh=job.world)
     if newest is None:
+        for sentence in begin_from(job.config, job.engine, job.world, job.data.train):
+            job.reporter.say(sentence)
         return Progress(step=0, position=0)
     on_every_rank(job.world, lambda: _check_same_run(job, newest))
     # `latest` has just compared the checksums

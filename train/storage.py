@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,31 +164,43 @@ def _bytes_of(values: Tensor) -> memoryview:
     return host.view(torch.uint8).numpy().data  # by way of bytes, because numpy has no bfloat16
 
 
-def check_files(path: Path, manifest: Manifest, *, share: int, shares: int) -> None:
-    """Compares length and checksum of every `shares`-th file of the checkpoint, from `share` on, with the manifest.
+def check_files(path: Path, files: Mapping[str, FileEntry], *, share: int, shares: int) -> None:
+    """Compares length and checksum of every `shares`-th file of the checkpoint, from `share` on, with the manifest's `files`.
 
     Raises:
         RuntimeError: a file is missing or damaged; names it.
     """
-    for name in sorted(manifest.files)[share::shares]:
-        entry = manifest.files[name]
-        file = path / name
-        try:
-            with open(file, "rb") as opened:
-                size = os.fstat(opened.fileno()).st_size
-                if size != entry.bytes:
-                    raise RuntimeError(
-                        f"{file} must have {entry.bytes} bytes, but has {size}: it is damaged, use another checkpoint"
-                    )
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        except OSError as error:
-            raise RuntimeError(
-                f"{file} cannot be read ({error.strerror}): it is damaged, use another checkpoint"
-            ) from error
-        if digest != entry.sha256:
-            raise RuntimeError(
-                f"{file} does not match its checksum in the manifest: it is damaged, use another checkpoint"
-            )
+    for name in sorted(files)[share::shares]:
+        check_file(path / name, files[name])
+
+
+def check_file(file: Path, entry: FileEntry, *, tell: Callable[[int], object] = lambda size: None) -> None:
+    """Compares length and checksum of a file with its entry. tell: called with the bytes of each part that was read.
+
+    Raises:
+        RuntimeError: the file is missing or damaged; names it.
+    """
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
+    try:
+        with open(file, "rb") as opened:
+            check_size(file, os.fstat(opened.fileno()).st_size, entry)
+            while size := opened.readinto(buffer):
+                digest.update(buffer[:size])
+                tell(size)
+    except OSError as error:
+        raise RuntimeError(
+            f"{file} cannot be read ({error.strerror}): it is damaged, use another checkpoint"
+        ) from error
+    if digest.hexdigest() != entry.sha256:
+        raise RuntimeError(f"{file} does not match its checksum in the manifest: it is damaged, use another checkpoint")
+
+
+def check_size(file: Path, size: int, entry: FileEntry) -> None:
+    """RuntimeError if the file's length is not that of its entry."""
+    if size != entry.bytes:
+        raise RuntimeError(
+            f"{file} must have {entry.bytes} bytes, but has {size}: it is damaged, use another checkpoint"
+        )
 
 
 def read_parts(path: Path, manifest: Manifest, parts: Sequence[Part]) -> None:

@@ -1,5 +1,4 @@
-"""A run as it was saved last, for commands that read it: the model with the weights of the newest whole checkpoint, its config, its
-tokenizer.
+"""A trained model for commands that read it: with the weights of a run's newest whole checkpoint or of an export, config, tokenizer.
 
 Changes nothing in the folder. Called by train/generate.py and train/evaluate.py.
 """
@@ -9,17 +8,16 @@ from pathlib import Path
 
 import torch
 
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
 from model.transformer import Transformer
-from train import checkpoint
 from train.build import load_model
-from train.config import Config, read_saved
-from train.run_folder import RunFolder
+from train.config import Config
+from train.source import open_source, read_all
 
 
 @dataclass(frozen=True)
 class Trained:
-    """step: updates done. path: of the checkpoint."""
+    """step: updates done. path: of the checkpoint or export."""
 
     path: Path
     step: int
@@ -29,25 +27,12 @@ class Trained:
 
 
 def load_run(folder: Path, *, device: torch.device) -> Trained:
-    """The newest whole checkpoint of a run folder.
+    """The newest whole checkpoint of a run folder, or an export.
 
     Raises:
         ValueError: there is no checkpoint in the folder, or the tokenizer is not that of the run.
-        RuntimeError: no checkpoint is whole.
+        RuntimeError: no checkpoint is whole, or the export is damaged.
     """
-    run = RunFolder(folder)
-    newest = checkpoint.latest(run.checkpoints)
-    if newest is None:
-        raise ValueError(
-            f"--run must name the folder of a run that was saved, but {run.checkpoints} holds no checkpoint"
-        )
-    state = checkpoint.read_state(newest)
-    config = read_saved(state.config)
-    tokenizer = load_tokenizer(run.tokenizer)
-    if tokenizer.tokenizer_id != state.extra["tokenizer_id"]:
-        raise ValueError(
-            f"{run.tokenizer} must be the tokenizer of the run, but it is {tokenizer.tokenizer_id} and {newest} was trained with "
-            f"{state.extra['tokenizer_id']}: restore it from the run's shards"
-        )
-    model = load_model(newest, config, vocab_size=tokenizer.vocab_size, device=device)
-    return Trained(newest, state.step, config, tokenizer, model)
+    source = open_source(folder, setting="--run")
+    model = load_model(read_all(source), source.config, vocab_size=source.tokenizer.vocab_size, device=device)
+    return Trained(source.path, source.step, source.config, source.tokenizer, model)

@@ -15,6 +15,7 @@ from tests.train.disk_states import plant, recorded
 from tests.train.thread_mesh import STATE, draw, load_split, on_ranks, same, save_split
 from train.checkpoint import latest, read_state
 from train.checkpoint_folder import prepare
+from train.inventory import damages
 
 
 @pytest.fixture(autouse=True)
@@ -138,10 +139,30 @@ def remove(data: bytes) -> None:
     return None
 
 
+def halve(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def lengthen(data: bytes) -> bytes:
+    return data + b"\n"
+
+
+def zero_a_stretch(data: bytes) -> bytes:
+    """As a block that never reached the disk."""
+    third = len(data) // 3
+    return data[:third] + bytes(third) + data[2 * third :]
+
+
+def shift(data: bytes) -> bytes:
+    """Every byte is there, one place further on."""
+    return data[-1:] + data[:-1]
+
+
+DAMAGES = [truncate, halve, empty, zero, zero_a_stretch, flip_first, flip_middle, flip_last, shift, lengthen, remove]
 FILES = ["manifest.json", "manifest.sha256", "rank_00000.safetensors", "rank_00001.safetensors"]
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, zero, flip_first, flip_middle, flip_last, remove])
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[bytes], bytes | None]
@@ -151,11 +172,39 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
     harm(newest / name, damage)
     assert latest(tmp_path) == before
     assert re.search(rf"step_000200/.*{name}", caplog.text)
-    if name.startswith("rank") and damage in (truncate, empty):
+    if name.startswith("rank") and damage in (truncate, halve, empty, lengthen):
         assert re.search(rf"{name} must have \d+ bytes, but has \d+", caplog.text)
     assert on_ranks(3, lambda mesh: latest(tmp_path, mesh=mesh)) == [before] * 3
     with pytest.raises(RuntimeError, match="step_000200/"):
         load_split(newest, 2)
+    assert found(tmp_path) == 1
+    (sentence,) = damages(newest)
+    assert f"step_000200/{name}" in sentence or (name == "manifest.sha256" and "manifest.json" in sentence)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_another_checkpoint_is_a_damaged_one(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str):
+    """Whole in itself, of the same length where it can be: the one before's, or a folder with its name."""
+    before, newest = save_draw(tmp_path, 1, step=100), save_draw(tmp_path, 2, step=200)
+    shutil.copy(before / name, newest / name)
+    assert latest(tmp_path) == before
+    (newest / name).unlink()
+    (newest / name).mkdir()
+    assert latest(tmp_path) == before
+    assert len(re.findall(rf"step_000200/.*{name}", caplog.text)) >= 2
+
+
+@pytest.mark.parametrize("first", FILES)
+@pytest.mark.parametrize("second", FILES)
+def test_of_two_damaged_checkpoints_each_is_named_and_the_third_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: str, second: str
+) -> None:
+    oldest, middle, newest = (save_draw(tmp_path, n, step=100 * n, keep=3) for n in (1, 2, 3))
+    harm(middle / first, flip_middle)
+    harm(newest / second, zero)
+    assert on_ranks(2, lambda mesh: latest(tmp_path, mesh=mesh)) == [oldest] * 2
+    assert re.search(rf"step_000300/.*{second}", caplog.text)
+    assert re.search(rf"step_000200/.*{first}", caplog.text)
     assert found(tmp_path) == 1
 
 
@@ -166,7 +215,7 @@ def harm(file: Path, damage: Callable[[bytes], bytes | None]) -> None:
         file.write_bytes(harmed)
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, zero, flip_first, flip_middle, flip_last, remove])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_latest_is_named_and_the_newest_whole_one_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[bytes], bytes | None]
 ) -> None:

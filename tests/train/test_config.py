@@ -59,6 +59,9 @@ def test_tiny_cpu_is_the_config_that_the_design_shows() -> None:
         "dtype": "float32",
         "device": "auto",
         "log_every_steps": 10,
+        "init_from": None,
+        "upcycle": False,
+        "upcycle_router_std": None,
     }
     assert config.model.mixers == ("switchhead",)
     assert config.optim.betas == (0.9, 0.95)

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from data.loader import train_batches
 from data.split import open_train
+from data.tokenizer import bytes_tokenizer
 from model.parameters import materialize
 from model.transformer import Transformer
 from tests.model.build import context
@@ -54,11 +55,43 @@ def test_a_run_does_not_go_on_with_other_shards(folder: Path, tokenizer, sentenc
     run(tiny_config(folder), ALONE)
     before = records(folder)
     write_shards(folder / "shards", seed=2 if tokenizer is None else 1, tokenizer=tokenizer)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
         run(tiny_config(folder, run={"steps": 5}), ALONE)
+    if tokenizer is not None:
+        assert tokenizer.tokenizer_id in str(caught.value)
+        assert bytes_tokenizer().tokenizer_id in str(caught.value)
     assert records(folder) == before
     assert checkpoints(folder) == ["latest", "step_000003"]
     assert "steps: 3" in (folder / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("with_config_file", [True, False], ids=["config.yaml", "checkpoint alone"])
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("d_model", 16, "model.d_model was 8 and is 16"),
+        ("num_layers", 2, "model.num_layers was 1 and is 2"),
+        ("switchhead.head_dim", 8, "model.switchhead.head_dim was 4 and is 8"),
+        ("switchhead.num_experts", 4, "model.switchhead.num_experts was 3 and is 4"),
+        ("sigma_moe.num_experts", 6, "model.sigma_moe.num_experts was 5 and is 6"),
+        ("sigma_moe.expert_dim", 8, "model.sigma_moe.expert_dim was 4 and is 8"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_size(
+    folder: Path, key: str, value: int, sentence: str, with_config_file: bool
+):
+    """config.yaml is looked at first; where it is gone the checkpoint's own config decides."""
+    quick = {"expert_backend": "reference"}  # nothing is measured before the first step
+    run(tiny_config(folder, model=quick), ALONE)
+    if not with_config_file:
+        (folder / "run" / "config.yaml").unlink()
+    model = tiny_config(folder, model=quick).model.model_dump()
+    section, _, name = key.rpartition(".")
+    (model[section] if section else model)[name] = value
+    files = {path: path.read_bytes() for path in (folder / "run" / "checkpoints").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=sentence):
+        run(tiny_config(folder, run={"steps": 5}, model=model), ALONE)
+    assert {path: path.read_bytes() for path in files} == files
 
 
 def test_a_run_goes_on_with_the_shards_written_anew(folder: Path):
