@@ -47,7 +47,7 @@ def hold(folder: Path, *, patience_s: float = PATIENCE_S) -> Iterator[None]:
         RuntimeError: another process holds it (says which, where and since when), or the folder cannot be written.
     """
     path = folder / LOCK_FILE
-    with explained(path):
+    with explained(folder):
         file = _acquire(path, patience_s)
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}) + "\n")
