@@ -119,19 +119,21 @@ class BankWork:
         projection = partial(project, backend=backend, num_heads=self.bank.num_heads)
         return bank, lambda rows, plan: projection(rows, weights["weight"], plan)
 
-    def _routing(self, bank: ExpertBank, normal: Callable[..., Tensor]) -> Routing:
-        """Choices of a (token, head) are distinct, as many as there are groups for it at most."""
-        heads, tokens = self.bank.num_heads, self.tokens
-        of_head = max(1, self.num_groups // heads)
-        top_k = min(self.bank.top_k, of_head)
-        chosen_THK = normal(tokens, heads, of_head).topk(top_k).indices
+    def _routing(self, bank: ExpertBank, normal: partial[Tensor]) -> Routing:
+        """As many copies as a rank has on average; where all groups are here, the choices of a (token, head) are distinct."""
+        heads, tokens, top_k = self.bank.num_heads, self.tokens, self.bank.top_k
+        of_head = self.num_groups // heads
+        if self.whole:
+            chosen_THK = normal(tokens, heads, of_head).topk(top_k).indices
+            chosen_THK += torch.arange(heads, device=chosen_THK.device)[:, None] * of_head
+        else:
+            chosen_THK = torch.randint(self.num_groups, (tokens, heads, top_k), **normal.keywords)
         device = chosen_THK.device
-        first_H1 = (torch.arange(heads, device=device) * of_head).clamp_max(self.num_groups - of_head)[:, None]
         pair_N = torch.arange(tokens * heads, device=device)
         spaces = {1: pair_N // heads, heads: pair_N}  # with one head they are the same
         return Routing(
             gates_NK=normal(tokens * heads, top_k).sigmoid().requires_grad_(),
-            expert_ids_NK=(chosen_THK + first_H1).view(-1, top_k),
+            expert_ids_NK=chosen_THK.view(-1, top_k),
             source_row_N=pair_N if self._is_mlp else spaces[self.bank.rows_per_token],
             output_row_N=pair_N if self._is_mlp else spaces[self.bank.outputs_per_token],
             num_rows=tokens * self.bank.rows_per_token,

@@ -10,11 +10,12 @@ takes what kernels.json in its folder says, and measures only what is not there:
 
 import json
 import math
+import operator
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -27,6 +28,7 @@ from model.transformer import Transformer
 from train.config import Config, Layout
 from train.engine import World
 from train.run_folder import RunFolder, replace_file
+from train.together import on_rank_zero
 
 if TYPE_CHECKING:
     from parallel.volume import BankExchange
@@ -40,15 +42,17 @@ Works = Mapping[str, BankWork]  # by the path of a bank in the model
 
 @dataclass(frozen=True)
 class Backends:
-    """of_bank: by path, each bank but tables. seconds: of a forward and backward pass, by what was measured and by candidate.
+    """of_bank: by path, each bank but tables. measured: by path, the work that was (`str` of a BankWork).
 
-    measured: by path, what was. tiles: those of kernels/tuning.py.
+    seconds: of a forward and backward pass, by work and candidate. tiles: kernels/tuning.py's. kept: what kernels.json is to hold, on
+    rank 0.
     """
 
     of_bank: dict[str, str]
     measured: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     tiles: dict[str, int] = field(default_factory=dict)
+    kept: "Kept | None" = None
 
     def apply(self, model: Transformer) -> None:
         """Tells the banks of the model, narrowed or not, and the kernels."""
@@ -62,20 +66,31 @@ class Backends:
     def notes(self) -> list[str]:
         """Sentences for the log: what was measured, equal banks once."""
         found = []
-        for name, path in by_layers(self.measured):
-            times = ", ".join(f"{backend} {1e3 * seconds:.2f}" for backend, seconds in self.seconds[name].items())
-            found.append(f"{path}: experts by {_fastest(self.seconds[name])}; ms forward and backward: {times}")
+        for work, path in by_layers(self.measured):
+            seconds = self.seconds[work]
+            times = ", ".join(f"{backend} {1e3 * value:.2f}" for backend, value in seconds.items())
+            why = f"ms forward and backward: {times}" if len(seconds) > 1 else "the only candidate"
+            found.append(f"{path}: experts by {_fastest(seconds)}; {why}")
         return found
 
     def write(self, folder: RunFolder) -> None:
-        """kernels.json, where something was measured.
+        """kernels.json, where something was measured. Called by rank 0.
 
         Raises:
             RuntimeError: the folder cannot be written.
         """
-        if self.measured:
-            content = {"seconds": self.seconds, "tiles": self.tiles}
-            replace_file(folder.kernels, json.dumps(content, indent=2) + "\n")
+        if self.kept is not None:
+            replace_file(
+                folder.kernels, json.dumps({"seconds": self.kept.seconds, "tiles": self.tiles}, indent=2) + "\n"
+            )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """kernels.json: of every start of the run, on whatever machine. seconds: by `_described` work, then by candidate."""
+
+    seconds: dict[str, dict[str, float]]
+    tiles: dict[str, int]
 
 
 def bank_works(config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int) -> Works:
@@ -120,17 +135,17 @@ def choose_backends(config: Config, works: Works, world: World) -> Backends:
     asked, device = config.model.expert_backend, world.device
     if asked != "auto":
         return Backends({path: unmeasured_backend(asked, work, device) for path, work in works.items()})
-    measured = {path: _described(work, device) for path, work in works.items()}
+    kept = on_rank_zero(world, lambda: _read(RunFolder(Path(config.run.dir))))
     seconds: dict[str, dict[str, float]] = {}
-    if world.rank == 0:
-        kept = _read(RunFolder(Path(config.run.dir)))
-        tuning.decide(kept["tiles"])
-        for path, name in measured.items():
-            if name not in seconds:
-                seconds[name] = kept["seconds"].get(name) or _measure(works[path], device)
-    seconds, tiles = world.all_gather_object((seconds, tuning.decisions()))[0]
+    # The works are the same on every rank. One after the other, so that the ranks that wait do not wait for all of them at once.
+    for name, work in {str(work): work for work in works.values()}.items():
+        found = on_rank_zero(world, lambda work=work: _measure(work, device, kept))
+        if found is not None:
+            seconds[name] = found
+    seconds, tiles = world.all_gather_object([seconds, tuning.decisions()])[0]
+    measured = {path: str(work) for path, work in works.items()}
     of_bank = {path: _fastest(seconds[name]) for path, name in measured.items()}
-    return Backends(of_bank, measured, seconds, tiles)
+    return Backends(of_bank, measured, seconds, tiles, kept)
 
 
 def excluded(config: Config, works: Works, device: torch.device) -> list[str]:
@@ -164,11 +179,15 @@ def _fastest(seconds: Mapping[str, float]) -> str:
     return min(seconds, key=seconds.__getitem__)
 
 
-def _measure(work: BankWork, device: torch.device) -> dict[str, float]:
-    candidates = work.candidates(device.type)
-    if device.type == "cpu" and len(candidates) == 1:
-        return {candidates[0]: 0.0}  # nothing to choose, no tiles either
-    return {name: work.seconds(name, device=device) for name in candidates}
+def _measure(work: BankWork, device: torch.device, kept: Kept | None) -> dict[str, float]:
+    """On rank 0: what was kept where it is of the same candidates, else measured, and then kept."""
+    assert kept is not None
+    candidates, name = work.candidates(device.type), _described(work, device)
+    if set(kept.seconds.get(name, {})) != set(candidates):
+        if device.type == "cpu" and len(candidates) == 1:
+            return {candidates[0]: 0.0}  # nothing to choose, no tiles either
+        kept.seconds[name] = {backend: work.seconds(backend, device=device) for backend in candidates}
+    return kept.seconds[name]
 
 
 def _described(work: BankWork, device: torch.device) -> str:
@@ -179,15 +198,21 @@ def _described(work: BankWork, device: torch.device) -> str:
     return f"{where}, torch {torch.__version__}: {work}"
 
 
-def _read(folder: RunFolder) -> dict[str, Any]:
-    """What an earlier start has kept."""
-    if not folder.kernels.exists():
-        return {"seconds": {}, "tiles": {}}
-    try:
-        kept = json.loads(folder.kernels.read_text(encoding="utf-8"))
-        return {name: dict(kept[name]) for name in ("seconds", "tiles")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RuntimeError(
-            f"{folder.kernels} keeps which kernels this run computes with, but it cannot be read ({error!r}): restore it, or remove it "
-            "to have them chosen again (on a GPU the losses may then differ in their last bits)"
-        ) from error
+def _read(folder: RunFolder) -> Kept:
+    """What earlier starts have kept; the kernels take the tiles."""
+    kept = Kept({}, {})
+    if folder.kernels.exists():
+        try:
+            content = json.loads(folder.kernels.read_text(encoding="utf-8"))
+            seconds = {
+                work: {backend: float(value) for backend, value in times.items()}
+                for work, times in content["seconds"].items()
+            }
+            kept = Kept(seconds, {name: operator.index(number) for name, number in content["tiles"].items()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RuntimeError(
+                f"{folder.kernels} keeps which kernels this run computes with, but it cannot be read ({error!r}): restore it, or remove "
+                "it to have them chosen again (on a GPU the losses may then differ in their last bits)"
+            ) from error
+    tuning.decide(kept.tiles)
+    return kept

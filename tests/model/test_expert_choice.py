@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels import tuning
 from model import expert_choice
 from model.attention_config import SwitchHeadConfig
 from model.expert_choice import BankWork
+from model.experts import gated_mlp
 from model.feedforward_config import SigmaMoEConfig
 from model.section import Place
 
@@ -50,8 +52,9 @@ def test_the_work_is_of_the_sizes_that_a_layer_of_the_run_has(label: str):
 @pytest.mark.parametrize("label", BANKS)
 def test_a_rank_with_a_part_of_the_groups_is_measured_with_that_part(label: str):
     for num_groups in (1, 3):
-        _, _, *weights, _ = work_of(label, num_groups=num_groups, whole=False).work("reference", device=CPU)()
+        _, _, *weights, gates = work_of(label, num_groups=num_groups, whole=False).work("reference", device=CPU)()
         assert {len(weight) for weight in weights} == {num_groups}
+        assert gates.numel() == 11 * BANKS[label].num_heads * BANKS[label].top_k  # the copies of a rank with its share
 
 
 def test_triton_is_a_candidate_where_it_runs_and_all_experts_of_a_head_where_they_are_here(monkeypatch):
@@ -83,6 +86,26 @@ def test_the_time_is_the_median_of_passes_after_warm_up(monkeypatch):
     monkeypatch.setattr(BankWork, "work", work)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     assert work_of("mlp").seconds("loop", device=CPU) == 2.5
+
+
+def test_tiles_are_measured_in_the_warm_up_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(BankWork, "work", lambda self, backend, *, device: lambda: seen.append(tuning._measuring))
+    work_of("mlp").seconds("loop", device=CPU)
+    assert seen == [True] * expert_choice.WARM_UP + [False] * expert_choice.PASSES
+
+
+@pytest.mark.parametrize("keep_hidden", [True, False])
+def test_the_work_keeps_the_hidden_activations_where_the_run_does(monkeypatch, keep_hidden: bool):
+    seen = []
+
+    def recorded(*tensors, keep_hidden, **options):
+        seen.append(keep_hidden)
+        return gated_mlp(*tensors, keep_hidden=keep_hidden, **options)
+
+    monkeypatch.setattr(expert_choice, "gated_mlp", recorded)
+    work_of("mlp", keep_hidden=keep_hidden).work("loop", device=CPU)()
+    assert seen == [keep_hidden]
 
 
 def test_what_tells_two_works_apart_is_in_their_names():

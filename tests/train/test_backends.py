@@ -1,6 +1,7 @@
 """Which backend each bank gets, what is kept of a measurement, and what a run that starts again takes."""
 
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from model.parameters import ExpertBank
 from tests.train.tiny_job import ALONE, tiny_config, write_shards
 from train import backends
 from train.backends import bank_works, by_layers, choose_backends
-from train.build import build_model, choose_exchanges
+from train.build import build_model, choose_exchanges, load_model
 from train.config import Layout
 from train.engine import LocalMesh
 from train.run import run
@@ -36,7 +37,7 @@ class SecondRank(LocalMesh):
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, torch_as_it_was):
     write_shards(tmp_path / "shards", seed=1)
     return tiny_config(tmp_path, model={"num_layers": 2})  # two layers with equal banks
 
@@ -103,12 +104,18 @@ def test_a_run_keeps_what_was_measured_and_takes_it_when_it_starts_again(config,
     kept = json.loads(folder.kernels.read_text())
     assert times == 6
     assert len(kept["seconds"]) == 3
+    assert all(
+        name.startswith(f"{platform.machine()}, {torch.get_num_threads()} threads, torch 2.")
+        for name in kept["seconds"]
+    )
     kept["tiles"] = {"a GPU: ('op', 16)": 1}
     folder.kernels.write_text(json.dumps(kept))
     again = choose_backends(config, works_of(config), LocalMesh(CPU))
     assert len(measured) == times
-    assert again.seconds == kept["seconds"]
+    assert list(again.seconds.values()) == list(kept["seconds"].values())
     assert again.tiles == kept["tiles"] == tuning.decisions()
+    again.write(folder)
+    assert json.loads(folder.kernels.read_text()) == kept
     longer = config.model_copy(
         update={"data": config.data.model_copy(update={"sequence_length": 2 * config.data.sequence_length})}
     )
@@ -120,14 +127,51 @@ def test_the_other_ranks_take_what_rank_zero_found_and_measure_nothing(config, m
     works = works_of(config)
     of_zero = choose_backends(config, works, LocalMesh(CPU))
     measured.clear()
-    told = ({name: {"reference": 1.0} for name in of_zero.seconds}, {"a GPU: op": 2})
+    told = [{name: {"reference": 1.0} for name in of_zero.seconds}, {"a GPU: op": 2}]
     chosen = choose_backends(config, works, SecondRank(told))
     assert not measured
     assert set(chosen.of_bank.values()) == {"reference"}
     assert chosen.tiles == {"a GPU: op": 2}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"seconds": {}}', '{"seconds": 3, "tiles": {}}'])
+def test_what_another_machine_measured_stays_and_this_one_measures_for_itself(config, measured, monkeypatch):
+    """There and back: the first machine finds its own choice again."""
+    folder, works = RunFolder(Path(config.run.dir)), works_of(config)
+    folder.path.mkdir(parents=True)
+    of_machine = {}
+    for machine in ("first", "second", "first"):
+        monkeypatch.setattr(backends, "_described", lambda work, device, machine=machine: f"{machine}: {work}")
+        chosen = choose_backends(config, works, LocalMesh(CPU))
+        chosen.write(folder)
+        assert of_machine.setdefault(machine, chosen.seconds) == chosen.seconds
+    assert of_machine["first"] != of_machine["second"]
+    assert len(measured) == 12
+
+
+def test_a_candidate_that_is_gone_or_new_is_measured_again(config, measured):
+    folder, works = RunFolder(Path(config.run.dir)), works_of(config)
+    folder.path.mkdir(parents=True)
+    choose_backends(config, works, LocalMesh(CPU)).write(folder)
+    content = json.loads(folder.kernels.read_text())
+    for times in content["seconds"].values():
+        times["triton"] = 0.0
+    folder.kernels.write_text(json.dumps(content))
+    assert "triton" not in choose_backends(config, works, LocalMesh(CPU)).of_bank.values()
+    assert len(measured) == 12
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"seconds": {}}',
+        '{"seconds": 3, "tiles": {}}',
+        '{"seconds": {"work": 3}, "tiles": {}}',
+        '{"seconds": {"work": {"loop": "fast"}}, "tiles": {}}',
+        '{"seconds": {}, "tiles": {"op": 1.5}}',
+    ],
+)
 def test_a_damaged_file_is_named(config, text):
     path = RunFolder(Path(config.run.dir)).kernels
     path.parent.mkdir(parents=True)
@@ -146,6 +190,57 @@ def test_a_rank_is_measured_with_what_it_holds(config):
         assert work.tokens == alone[path].tokens // 2
     for path, work in works_of(weights, ep_size=2, processes=2).items():
         assert (work.num_groups, work.whole) == (alone[path].num_groups, True)
+
+
+def test_the_tokens_are_those_of_a_micro_step_and_of_memory_up_to_a_limit(config):
+    data, mixer = config.data, config.model.switchhead
+    assert mixer is not None
+    rows = {work.bank.label: work.tokens for work in works_of(config).values()}
+    assert set(rows.values()) == {data.global_batch_size // config.optim.accumulation_steps * data.sequence_length}
+    twice = config.model_copy(update={"optim": config.optim.model_copy(update={"accumulation_steps": 2})})
+    assert {2 * work.tokens for work in works_of(twice).values()} == set(rows.values())
+    memory = mixer.model_copy(update={"positions": "xl", "memory_blocks": 1})
+    with_memory = config.model_copy(update={"model": config.model.model_copy(update={"switchhead": memory})})
+    assert {work.bank.label: work.tokens / rows["mlp"] for work in works_of(with_memory).values()} == {
+        "value": 2,
+        "output": 1,
+        "mlp": 1,
+    }
+    long = config.model_copy(update={"data": data.model_copy(update={"sequence_length": 10**6})})
+    assert {work.tokens for work in works_of(long).values()} == {2048}
+
+
+def test_the_setting_of_the_hidden_activations_is_measured_too(config):
+    kept = config.model.sigma_moe.model_copy(update={"keep_hidden": True})
+    changed = config.model_copy(update={"model": config.model.model_copy(update={"sigma_moe": kept})})
+    assert {work.keep_hidden for work in works_of(changed).values() if work.bank.label == "mlp"} == {True}
+    assert {work.keep_hidden for work in works_of(config).values()} == {False}
+
+
+def test_a_run_tells_the_kernels_the_tiles_that_were_kept(config, measured):
+    folder = RunFolder(Path(config.run.dir))
+    folder.path.mkdir(parents=True)
+    folder.kernels.write_text(json.dumps({"seconds": {}, "tiles": {"a GPU: op": 1}}))
+    chosen = choose_backends(config, works_of(config), LocalMesh(CPU))
+    tuning.decide({})
+    chosen.apply(build_model(config, vocab_size=20))
+    assert tuning.decisions() == {"a GPU: op": 1}
+
+
+def test_a_single_candidate_is_said_to_be_one_and_not_kept(config, monkeypatch):
+    monkeypatch.setattr(BankWork, "candidates", lambda self, device_type: ["loop"])
+    chosen = choose_backends(config, works_of(config), LocalMesh(CPU))
+    assert all(note.endswith("experts by loop; the only candidate") for note in chosen.notes())
+    Path(config.run.dir).mkdir(parents=True)
+    chosen.write(RunFolder(Path(config.run.dir)))
+    assert "loop" not in RunFolder(Path(config.run.dir)).kernels.read_text()
+
+
+def test_a_saved_model_computes_with_the_backend_of_its_config(config, monkeypatch):
+    monkeypatch.setattr("train.build.fill", lambda model, values, *, device: None)
+    named = config.model_copy(update={"model": config.model.model_copy(update={"expert_backend": "loop"})})
+    model = load_model({}, named, vocab_size=20, device=CPU)
+    assert {bank.backend for bank in model.modules() if isinstance(bank, ExpertBank)} == {"loop"}
 
 
 def test_what_auto_could_not_choose_is_said(config):
