@@ -5,17 +5,19 @@ decisions are kept between runs (train/backends.py).
 Called by: the launching functions of kernel.py; train/backends.py.
 """
 
+import hashlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar, cast
 
 import torch
 
 from kernels.availability import interpreted
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=Hashable)
 MAX_CONFIGS = 4  # each one is compiled and timed at its first use: about half a second
-_decided: dict[str, int] = {}  # by device, kernel and sizes: the number of the configuration
+_decided: dict[str, int] = {}  # by device, compilers, configurations, kernel and sizes: the number of the configuration
 _measuring = False
 
 
@@ -26,14 +28,18 @@ def fastest(
 
     key: the kernel and its sizes, rounded by `rounded`: a new sequence length must not measure again. Launching twice must be harmless.
     Nothing is measured without a GPU, while a CUDA graph is recorded, and under torch.use_deterministic_algorithms outside `measuring`:
-    a clock would decide in which order a kernel adds, in the middle of a run that is to be repeated. What was decided before holds.
+    a clock would decide in which order a kernel adds, in the middle of a run that is to be repeated. What was decided before holds,
+    for the same device, configurations, torch and triton: others measure again.
     """
     if len(configs) > MAX_CONFIGS:
         raise ValueError(f"a kernel may have {MAX_CONFIGS} configurations, got {len(configs)}: leave some out")
     if device.type != "cuda" or interpreted():
         return configs[0]
-    name = f"{torch.cuda.get_device_name(device)}: {key}"
-    if name in _decided and _decided[name] < len(configs):
+    import triton
+
+    compilers = f"torch {torch.__version__}, triton {triton.__version__}"
+    name = f"{torch.cuda.get_device_name(device)}, {compilers}, tiles {_digest(tuple(configs))}: {key}"
+    if name in _decided:
         return configs[_decided[name]]
     must_repeat = torch.are_deterministic_algorithms_enabled() and not _measuring
     if must_repeat or torch.cuda.is_current_stream_capturing():
@@ -43,6 +49,12 @@ def fastest(
     times = [cast(float, do_bench(lambda config=config: launch(config), warmup=5, rep=20)) for config in configs]
     _decided[name] = times.index(min(times))
     return configs[_decided[name]]
+
+
+@cache
+def _digest(configs: tuple[Hashable, ...]) -> str:
+    """The same in every process, as a hash of Python's is not; kept, since every launch asks."""
+    return hashlib.sha256(repr(configs).encode()).hexdigest()[:8]
 
 
 @contextmanager

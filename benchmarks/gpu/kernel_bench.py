@@ -2,8 +2,9 @@
 bench_switchhead_project share.
 
 Owns the order: check output and gradients against the reference in float64, and print nothing if one is wrong; time all functions in
-turn over rotating inputs; the table; a line for each bar; the profile. Does not own shapes, functions and FLOPs (the `Bench` of each
-op), nor clocks (timing.py). Called by: benchmarks/kernels/bench_*.py, and by warm.py, which compiles before anything is timed.
+turn over rotating inputs; the table, each row as soon as it is measured; a line for each bar; the profile. Does not own shapes, functions
+and FLOPs (the `Bench` of each op), nor clocks (timing.py). Called by: benchmarks/kernels/bench_*.py, and by warm.py, which compiles before
+anything is timed.
 """
 
 import argparse
@@ -20,12 +21,15 @@ from torch import Tensor
 
 from benchmarks.gpu.timing import (
     CALLS,
+    QUEUE_NOTE,
     Bar,
     Machine,
     Speeds,
+    Times,
     add_speed_arguments,
     find_machine,
     header,
+    hosts,
     median,
     milliseconds,
     num_sets,
@@ -134,7 +138,7 @@ class Row:
     layer: str
     zipf: bool
     backward: bool
-    times: Mapping[str, Sequence[float]]
+    times: Mapping[str, Times]
     attainable: float  # milliseconds
     shares: tuple[float | None, float | None]
     ratio: float | None
@@ -149,7 +153,8 @@ class Row:
         return "fwd+bwd" if self.backward else "fwd"
 
     def __str__(self) -> str:
-        cells = [self.layer, self.routing, self.part, *(milliseconds(values) for values in self.times.values())]
+        cells = [self.layer, self.routing, self.part, *(milliseconds(times.gpu) for times in self.times.values())]
+        cells += [hosts(self.times.values())]
         cells += ["-" if self.ratio is None else f"{self.ratio:.2f}", f"{self.attainable:.3f}"]
         cells += ["-" if share is None else f"{share:.0%}" for share in self.shares]
         return f"| {' | '.join([*cells, '-' if self.tflops is None else f'{self.tflops:.0f}'])} |"
@@ -160,7 +165,7 @@ def measure(bench: Bench, layer: Layer, machine: Machine, speeds: Speeds, *, zip
     bound, own = (1e3 * max(work.flops / speeds.flops, moved / speeds.bandwidth) for moved in (work.bound, work.own))
     functions = calls(bench, layer, machine, zipf=zipf, backward=backward)
     times = time_all(functions) if machine.measures else run_once(functions)
-    ours, faster, rival = (median(times[name]) for name in (bench.judged, bench.faster, bench.rival))
+    ours, faster, rival = (median(times[name].gpu) for name in (bench.judged, bench.faster, bench.rival))
     return Row(
         layer.name, zipf, backward, times, bound,
         shares=(None, None) if ours is None else (bound / ours, own / ours),
@@ -172,17 +177,18 @@ def measure(bench: Bench, layer: Layer, machine: Machine, speeds: Speeds, *, zip
 def calls(
     bench: Bench, layer: Layer, machine: Machine, *, zipf: bool, backward: bool
 ) -> dict[str, Callable[[int], object]]:
-    """What is timed, by name; turn after turn other inputs."""
-    first = bench.make(layer, zipf=zipf, seed=0, device=machine.device)
-    count = num_sets(first.num_bytes, machine)
+    """What is timed, by name; turn after turn other inputs, and none that another function has just read."""
+    names, first = list(bench.functions), bench.make(layer, zipf=zipf, seed=0, device=machine.device)
+    smallest = min(bench.adapt.get(name, lambda same: same)(first).num_bytes for name in names)
+    count = num_sets(smallest, machine, functions=len(names))
     sets = [first, *(bench.make(layer, zipf=zipf, seed=seed, device=machine.device) for seed in range(1, count))]
-    sets_of = {name: [bench.adapt.get(name, lambda same: same)(each) for each in sets] for name in bench.functions}
+    sets_of = {name: [bench.adapt.get(name, lambda same: same)(each) for each in sets] for name in names}
 
     def call(name: str, turn: int) -> object:
-        inputs = sets_of[name][turn % count]
+        inputs = sets_of[name][(turn + names.index(name) * count // len(names)) % count]
         return with_gradients(bench.functions[name], inputs) if backward else bench.functions[name](inputs)
 
-    return {name: lambda turn, name=name: call(name, turn) for name in bench.functions}
+    return {name: lambda turn, name=name: call(name, turn) for name in names}
 
 
 def verdicts(bench: Bench, rows: Sequence[Row]) -> list[str]:
@@ -205,20 +211,20 @@ def write_profiles(bench: Bench, layers: Sequence[Layer], machine: Machine, path
             file.write(profile(lambda call=call: call(0), machine, title=f"{bench.op}, {layer.name}, {name}, fwd+bwd"))
 
 
-def table(bench: Bench, rows: Sequence[Row], machine: Machine, speeds: Speeds) -> str:
+def head(bench: Bench, machine: Machine, speeds: Speeds) -> str:
+    """What stands above the rows."""
     notes = [
         "bf16, weights stored in bf16",
-        f"milliseconds: median of {CALLS} calls ± half the distance of the quartiles; all functions in turn; inputs rotate through more "
-        "than twice the L2 cache",
+        f"milliseconds: median of {CALLS} calls ± half the distance of the quartiles; all functions in turn; between two "
+        "uses of the same inputs, by whichever function, others are read that are more than twice the L2 cache",
+        QUEUE_NOTE,
         *bench.notes,
         f"attainable: max(FLOPs / {speeds.flops / 1e12:.0f} TFLOP/s, bytes / {speeds.bandwidth / 1e12:.2f} TB/s); of the definition with "
         f"inputs and results once (share), and with the bytes of our own launches (share of own); TFLOP/s: of {bench.judged}",
     ]
-    names = [*bench.functions, f"{bench.rival} / {bench.faster}", "attainable", "share", "share of own", "TFLOP/s"]
-    columns = ["layer", "routing", "pass", *names]
-    lines = [header(machine, title=f"{bench.op} on {machine.name}", notes=notes), ""]
-    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *map(str, rows), "", *verdicts(bench, rows)]
-    return "\n".join(lines)
+    columns = ["layer", "routing", "pass", *bench.functions, "host", f"{bench.rival} / {bench.faster}", "attainable"]
+    columns += ["share", "share of own", "TFLOP/s"]
+    return header(machine, title=f"{bench.op} on {machine.name}", notes=notes, columns=columns)
 
 
 def interpret(op: str) -> None:
@@ -228,7 +234,7 @@ def interpret(op: str) -> None:
 
 
 def main(bench: Bench) -> None:
-    """The command line of a bench: prints the table, or exits with one sentence and no table."""
+    """The command line of a bench: prints the table, or exits with one sentence; with no table, if a function is wrong."""
     parser = argparse.ArgumentParser(description=f"How fast {bench.op} is on a GPU.")
     add = parser.add_argument
     add("--layers", nargs="+", choices=[layer.name for layer in bench.layers], help="some of them (default all)")
@@ -253,10 +259,12 @@ def main(bench: Bench) -> None:
         for layer, zipf in itertools.product(layers, routings):
             check(bench, layer, zipf=zipf, device=machine.device)
         rows = []
+        print(head(bench, machine, speeds), flush=True)
         for layer, zipf, backward in itertools.product(layers, routings, (False, True)):
             print(f"{bench.op}: {layer.name}, zipf {zipf}, backward {backward}", file=sys.stderr, flush=True)
             rows.append(measure(bench, layer, machine, speeds, zipf=zipf, backward=backward))
-        print(table(bench, rows, machine, speeds), flush=True)
+            print(rows[-1], flush=True)
+        print("", *verdicts(bench, rows), sep="\n", flush=True)
         if args.profile:
             write_profiles(bench, layers, machine, args.profile)
     except (RuntimeError, ValueError) as error:

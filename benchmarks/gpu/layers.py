@@ -2,8 +2,8 @@
 
 Owns the pairs, their inputs, what is compared and the bars: the dense layer's time / SwitchHead's at least 1.4, SwitchHead's peak / the
 dense layer's at most 0.65. Does not own clocks and profiles (timing.py). The layers are those of configs/paper, under bf16 autocast, on
-the rows of one step of their configuration; Transformer-XL layers with their memory full. Prints nothing if a layer differs from the
-reference. Called by: anyone with a GPU, from the root of the clone: `python -m benchmarks.gpu.layers > FILE.md`; --smoke needs none.
+the rows of one step of their configuration; Transformer-XL layers with their memory full. A pair with a layer that differs from its
+reference gets no row and ends the table. Called by: anyone with a GPU: `python -m benchmarks.gpu.layers > FILE.md`; --smoke needs none.
 """
 
 import argparse
@@ -22,11 +22,14 @@ from torch import Tensor, nn
 from benchmarks.gpu.timing import (
     CALLS,
     NOT_MEASURED,
+    QUEUE_NOTE,
     ROOT,
     Bar,
     Machine,
+    Times,
     find_machine,
     header,
+    hosts,
     median,
     milliseconds,
     num_sets,
@@ -57,9 +60,11 @@ NAMED = ("triton", "triton_dense", "torch")
 SPEED = Bar("dense layer's time / SwitchHead's", "at least", 1.4)
 MEMORY = Bar("SwitchHead's peak / the dense layer's", "at most", 0.65)
 TOLERANCE = 5e-2  # of the largest element: V, the mixed values and O are each rounded to bf16, in another order
+COLUMNS = ("layer", "ms", "dense, ms", "host, ours / dense", "dense / ours", "peak, MB", "dense, MB", "ours / dense")
 NOTES = (
     f"bf16 autocast, float32 weights; milliseconds: median of {CALLS} forward and backward passes ± half the distance of the quartiles; "
     "all layers of a pair in turn, inputs rotate through more than twice the L2 cache",
+    QUEUE_NOTE,
     "peak: the most memory that is held during a forward and a backward pass beyond what is held before it; the weights, their "
     "gradients and the input are held before it, so they are not counted",
     "as a run: torch.use_deterministic_algorithms(True), as train/build.py has it; free: without. Tiles are chosen before the clock starts",
@@ -200,12 +205,12 @@ class Row:
     """One SwitchHead layer beside its dense twin; None: not measured."""
 
     case: str
-    times: tuple[list[float], list[float]]  # ours, dense
+    times: tuple[Times, Times]  # ours, dense
     peaks: tuple[int, int] | None
 
     @property
     def speedup(self) -> float | None:
-        ours, dense = map(median, self.times)
+        ours, dense = (median(times.gpu) for times in self.times)
         return dense / ours if ours and dense else None
 
     @property
@@ -215,7 +220,8 @@ class Row:
     def __str__(self) -> str:
         peaks = [f"{peak / 1e6:,.0f}" for peak in self.peaks] if self.peaks else [NOT_MEASURED] * 2
         ratios = ["-" if ratio is None else f"{ratio:.2f}" for ratio in (self.speedup, self.memory)]
-        return f"| {' | '.join([self.case, *map(milliseconds, self.times), ratios[0], *peaks, ratios[1]])} |"
+        times = [*(milliseconds(each.gpu) for each in self.times), hosts(self.times)]
+        return f"| {' | '.join([self.case, *times, ratios[0], *peaks, ratios[1]])} |"
 
 
 def measure(pair: tuple[str, str], machine: Machine, *, as_run: bool) -> list[Row]:
@@ -256,27 +262,17 @@ def write_profiles(pairs: Sequence[tuple[str, str]], machine: Machine, path: Pat
             file.write(profile(lambda step=step: step(0), machine, title=f"one layer of {name}, fwd+bwd"))
 
 
-def table(rows: list[Row], machine: Machine) -> str:
-    """Bars: of the backend that a run chooses, as a run computes; the other rows tell where it could be better."""
-    columns = ("layer", "ms", "dense, ms", "dense / ours", "peak, MB", "dense, MB", "ours / dense")
+def verdicts(rows: list[Row]) -> list[str]:
+    """Of the backend that a run chooses, as a run computes; the other rows tell where it could be better."""
     judged = [row for row in rows if "by auto, as a run" in row.case]
-    lines = [header(machine, title=f"SwitchHead layers on {machine.name}", notes=NOTES), ""]
-    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *map(str, rows), ""]
-    lines.append(SPEED.verdict({row.case: row.speedup for row in judged}))
-    lines.append(MEMORY.verdict({row.case: row.memory for row in judged}))
-    return "\n".join(lines)
+    speeds, peaks = ({row.case: getattr(row, what) for row in judged} for what in ("speedup", "memory"))
+    return [SPEED.verdict(speeds), MEMORY.verdict(peaks)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="A SwitchHead layer beside the dense attention layer that it replaces."
-    )
+    parser = argparse.ArgumentParser(description="A SwitchHead layer beside the dense layer that it replaces.")
     add = parser.add_argument
-    add(
-        "--smoke",
-        action="store_true",
-        help="tiny, on a CPU; with TRITON_INTERPRET=1 the kernels too: checks, prints no times",
-    )
+    add("--smoke", action="store_true", help="tiny, on a CPU; with TRITON_INTERPRET=1 the kernels too; no times")
     add("--profile", type=Path, metavar="FILE", help="append the kernels of one forward+backward of each layer to FILE")
     args = parser.parse_args()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
@@ -284,10 +280,14 @@ def main() -> None:
         machine = find_machine(smoke=args.smoke)
         rows: list[Row] = []
         pairs = SMOKE_PAIRS if args.smoke else PAIRS
+        title = f"SwitchHead layers on {machine.name}"
+        print(header(machine, title=title, notes=NOTES, columns=COLUMNS), flush=True)
         for pair, as_run in itertools.product(pairs, (True,) if args.smoke else (True, False)):
             print(f"{pair[0]}, deterministic {as_run}", file=sys.stderr, flush=True)
-            rows += measure(pair, machine, as_run=as_run)
-        print(table(rows, machine), flush=True)
+            found = measure(pair, machine, as_run=as_run)
+            print(*found, sep="\n", flush=True)
+            rows += found
+        print("", *verdicts(rows), sep="\n", flush=True)
         if args.profile:
             write_profiles(pairs, machine, args.profile)
     except (RuntimeError, ValueError) as error:

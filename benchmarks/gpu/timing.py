@@ -13,7 +13,8 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,13 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 CALLS, WARM_UP = 30, 5
 NOT_MEASURED = "not measured"
-QUEUED_CYCLES = 5_000_000  # 2.5 ms at 2 GHz: longer than the launches of a backward pass take
+LEAST_QUEUED = 2.5  # milliseconds
+CYCLES = 2_000_000  # of a millisecond; an H100 and an H200 run at no more than 1.98 GHz, so a sleep is never shorter than it is asked for
+QUEUE_NOTE = (
+    f"each call is launched while the GPU sleeps, for {LEAST_QUEUED} ms or twice the call's host time, whichever is longer, so that its "
+    "kernels are timed and not their launches. host: milliseconds in which the host makes a call with nothing queued, median of the "
+    f"{WARM_UP} warm-up calls; work that is not queued takes at least so long"
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,8 @@ class Speeds:
     bandwidth: float
 
 
-KNOWN = {"H100": Speeds(989e12, 3.35e12), "H200": Speeds(989e12, 4.8e12)}
+# By the full names of torch, SXM parts all: H100 PCIe, H100 NVL and H200 NVL are slower.
+KNOWN = {"NVIDIA H100 80GB HBM3": Speeds(989e12, 3.35e12), "NVIDIA H200": Speeds(989e12, 4.8e12)}
 
 
 @dataclass(frozen=True)
@@ -71,16 +79,15 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def speeds_of(machine: Machine, args: argparse.Namespace) -> Speeds:
-    """What is given, else what is known of the GPU (of an H100 for the small form); ValueError if nothing is."""
+    """What is given, else what is known of a GPU of this name (of an H100 for the small form); ValueError if nothing is."""
     if args.peak_tflops and args.bandwidth_gb:
         return Speeds(args.peak_tflops * 1e12, args.bandwidth_gb * 1e9)
-    name = machine.name if machine.measures else "H100"
-    speeds = next((speeds for known, speeds in KNOWN.items() if known in name), None)
-    if speeds is None:
+    name = machine.name if machine.measures else next(iter(KNOWN))
+    if name not in KNOWN:
         raise ValueError(
             f"the speeds of the GPU must be known, but {name} is none of {', '.join(KNOWN)}: pass --peak-tflops and --bandwidth-gb"
         )
-    return speeds
+    return KNOWN[name]
 
 
 def commit() -> str:
@@ -97,8 +104,8 @@ def _output(*command: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def header(machine: Machine, *, title: str, notes: Sequence[str] = ()) -> str:
-    """The head of a result: what, where, by which code and command."""
+def header(machine: Machine, *, title: str, notes: Sequence[str], columns: Sequence[str]) -> str:
+    """What stands above the rows of a result: what, where, by which code and command, and the names of the columns."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
     module = sys.modules["__main__"].__spec__
     command = " ".join(["python -m", module.name if module else Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -109,6 +116,9 @@ def header(machine: Machine, *, title: str, notes: Sequence[str] = ()) -> str:
         f"- commit {commit()}, python {platform.python_version()}, torch {versions['torch']}, triton {versions['triton']}",
         f"- command: `{command}`",
         *(f"- {note}" for note in notes),
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
     ]
     return "\n".join(lines)
 
@@ -119,40 +129,63 @@ def choose_experts(*, tokens: int, num_experts: int, top_k: int, zipf: bool, gen
     return torch.multinomial(chances_E.expand(tokens, -1), top_k, generator=generator)
 
 
-def num_sets(bytes_of_one: int, machine: Machine) -> int:
-    """So many input sets that a call finds nothing of its inputs in the L2 cache."""
-    return 2 + 2 * machine.cache_bytes // bytes_of_one
+def num_sets(bytes_of_one: int, machine: Machine, *, functions: int = 1) -> int:
+    """So many input sets that a call finds nothing of its inputs in the L2 cache; a multiple of the functions that share them.
 
-
-def time_all(functions: Mapping[str, Callable[[int], object]], *, calls: int = CALLS) -> dict[str, list[float]]:
-    """Milliseconds of each call on the GPU. All functions in turn, so that a slow moment of the GPU hits all of them.
-
-    A function is given the number of its turn, by which it chooses among its input sets.
+    Function i of n takes set (turn + i * count / n) % count: at least count - 2 calls lie between two uses of a set, on other sets.
     """
+    enough = 3 + 2 * machine.cache_bytes // bytes_of_one
+    return -(-enough // functions) * functions
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of calls. gpu: of their kernels; host: of the warm-up calls, until the host had launched them."""
+
+    gpu: Sequence[float]
+    host: Sequence[float]
+
+
+def time_all(functions: Mapping[str, Callable[[int], object]], *, calls: int = CALLS) -> dict[str, Times]:
+    """All functions in turn, so that a slow moment of the GPU hits all of them.
+
+    A function is given the number of its turn, by which it chooses among its input sets; warm-up calls have negative ones.
+    """
+    host: dict[str, list[float]] = {name: [] for name in functions}
     events = {
         name: [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
         for name in functions
     }
     for turn in range(-WARM_UP, calls):
         for name, function in functions.items():
-            # Work that is queued before, so that what is timed are the kernels and not their launches.
-            torch.cuda._sleep(QUEUED_CYCLES)
             if turn < 0:
+                torch.cuda.synchronize()
+                began = time.perf_counter()
                 function(turn)
+                host[name].append(1e3 * (time.perf_counter() - began))
                 continue
+            # Work that is queued before, so that what is timed are the kernels and not their launches.
+            torch.cuda._sleep(int(CYCLES * max(LEAST_QUEUED, 2 * statistics.median(host[name]))))
             start, end = events[name][turn]
             start.record()
             function(turn)
             end.record()
         torch.cuda.synchronize()
-    return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
+    return {
+        name: Times([start.elapsed_time(end) for start, end in pairs], host[name]) for name, pairs in events.items()
+    }
 
 
-def run_once(functions: Mapping[str, Callable[[int], object]]) -> dict[str, list[float]]:
+def run_once(functions: Mapping[str, Callable[[int], object]]) -> dict[str, Times]:
     """What stands for `time_all` on a CPU: each function is called, nothing is measured."""
     for function in functions.values():
         function(0)
-    return {name: [] for name in functions}
+    return {name: Times((), ()) for name in functions}
+
+
+def hosts(times: Iterable[Times]) -> str:
+    """The median of each, in one cell."""
+    return " / ".join(f"{statistics.median(each.host):.2f}" if each.host else "-" for each in times)
 
 
 def milliseconds(values: Sequence[float]) -> str:

@@ -1,7 +1,8 @@
 """A training run of configs/switchall_47m.yaml and of its dense twin on one GPU: tokens/s, peak memory, MFU, held-out loss.
 
 Owns the two runs, in a process each and through launcher/main.py's own entry, and the table. Does not own what a run logs
-(train/metrics.py, whose records it reads) nor the FLOPs (model/cost.py). A run that is out of time counts with the steps that it made.
+(train/metrics.py, whose records it reads) nor the FLOPs (model/cost.py). A run that is out of time counts with the steps that it made;
+its row is printed as soon as it has ended.
 Called by: anyone with a GPU and shards, from the root of the clone: `python -m benchmarks.gpu.training --shards DIR --runs DIR > FILE.md`;
 --smoke needs no GPU.
 """
@@ -35,6 +36,9 @@ from model.transformer import Transformer
 from train.config import load_config
 
 RUNS = ("switchall_47m", "dense_47m")
+COLUMNS = (
+    "run", "parameters", "FLOPs of a token", "steps", "tokens/s", "ms a step", "MFU", "peak", "loss", "held out", "ended",
+)  # fmt: skip
 LOG_EVERY, HELDOUT_TOKENS = 20, 262_144
 TINY_SWITCHALL = ("model.switchhead.head_dim=8", "model.sigma_moe.expert_dim=8")
 TINY_DENSE = ("model.attention.head_dim=8", "model.attention.num_heads=2", "model.dense_mlp.hidden_dim=32")
@@ -136,7 +140,8 @@ def read(name: str, args: argparse.Namespace, ending: str) -> Result:
     )  # fmt: skip
 
 
-def table(results: Sequence[Result], machine: Machine, speeds: Speeds, args: argparse.Namespace) -> str:
+def head(machine: Machine, speeds: Speeds, args: argparse.Namespace) -> str:
+    """What stands above the rows."""
     notes = (
         f"{args.steps} steps of the config's own batch; tokens/s: median over the records of {LOG_EVERY} steps but the first; the held-out "
         f"loss is over at most {HELDOUT_TOKENS:,} tokens",
@@ -144,26 +149,13 @@ def table(results: Sequence[Result], machine: Machine, speeds: Speeds, args: arg
         "masked pairs of attention included",
         "peak: torch's most allocated bytes of the whole process, with the measurement of backends before the first step",
     )
-    columns = (
-        "run",
-        "parameters",
-        "FLOPs of a token",
-        "steps",
-        "tokens/s",
-        "ms a step",
-        "MFU",
-        "peak",
-        "loss",
-        "held out",
-        "ended",
-    )
-    lines = [header(machine, title=f"Training on {machine.name}", notes=notes), ""]
-    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    lines += [result.row(machine, speeds) for result in results]
-    speed = [result.tokens_per_second for result in results]
-    if machine.measures and all(speed):
-        lines += ["", f"- {RUNS[0]} / {RUNS[1]} in tokens/s: {(speed[0] or 0) / (speed[1] or 1):.2f}"]
-    return "\n".join(lines)
+    return header(machine, title=f"Training on {machine.name}", notes=notes, columns=COLUMNS)
+
+
+def ratio(results: Sequence[Result]) -> str:
+    """Of the two speeds, "" where one is not known."""
+    ours, dense = (result.tokens_per_second for result in results)
+    return f"\n- {RUNS[0]} / {RUNS[1]} in tokens/s: {ours / dense:.2f}" if ours and dense else ""
 
 
 def main() -> int:
@@ -183,10 +175,17 @@ def main() -> int:
     try:
         machine = find_machine(smoke=args.smoke)
         speeds = speeds_of(machine, args)
+        for split in ("train", "heldout"):
+            open_index(args.shards / split)
+        print(head(machine, speeds, args), flush=True)
+        results = []
+        for name in RUNS:
+            results.append(read(name, args, start(name, args)))
+            print(results[-1].row(machine, speeds), flush=True)
     except (RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
-    results = [read(name, args, start(name, args)) for name in RUNS]
-    print(table(results, machine, speeds, args), flush=True)
+    if machine.measures:
+        print(ratio(results), flush=True)
     return int(any(result.ending for result in results))
 
 

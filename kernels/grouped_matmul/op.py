@@ -89,7 +89,7 @@ def backward(
             rows_gradient = add(copies_CM, row_order_C, row_ends_R)
     if needs_weights:
         weights_gradient = launch_weight_gradient(rows, gradients, offsets_G, gates_C)
-    if gates_gradient_C is None:
+    if gates_gradient_C is None or not needs_gates:  # the kernel makes it wherever there are gates
         gates_gradient_C = rows_RM.new_empty(0, dtype=torch.float32)
     return rows_gradient, weights_gradient, gates_gradient_C
 

@@ -16,21 +16,24 @@ from kernels.availability import why_not_triton
 
 @dataclass(frozen=True)
 class RowCopies:
-    """The copies of each of P rows, in ascending order: row p has order_C[ends_P[p-1] : ends_P[p]]. Both int32."""
+    """The copies of each of P rows: row p has order_C[ends_P[p-1] : ends_P[p]], added in that order. Both int32.
+
+    `of` makes them ascend in each row. A caller that knows another fixed order may make its own (model/dispatch.py does).
+    """
 
     order_C: Tensor
     ends_P: Tensor
 
     @staticmethod
     def of(index_C: Tensor, *, num_rows: int) -> "RowCopies":
-        """From the row of each copy, in [0, num_rows); by a stable sort, without waiting for the device."""
+        """From the row of each copy, in [0, num_rows), ascending in each row; by a stable sort, without waiting for the device."""
         rows_C, order_C = index_C.sort(stable=True)
         rows_P = torch.arange(num_rows, device=index_C.device, dtype=index_C.dtype)
         return RowCopies(order_C.int(), torch.searchsorted(rows_C, rows_P, right=True, out_int32=True))
 
 
 def sum_copies(copies_CN: Tensor, copies: RowCopies) -> Tensor:
-    """sums_PN in the dtype of copies_CN (contiguous; on a GPU, or in Triton's interpreter), accumulated in float32.
+    """sums_PN in the dtype of copies_CN (contiguous; on a GPU, or in Triton's interpreter), accumulated in float32 in the order of order_C.
 
     A row without copies is exactly zero.
 

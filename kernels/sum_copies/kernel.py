@@ -1,4 +1,4 @@
-"""sum_copies in Triton: a program owns a block of rows and columns and adds their copies one after the other.
+"""sum_copies in Triton: a program owns a block of rows and columns and adds their copies one after the other, in the order of order_C.
 
 Letters: C copies, P rows, N columns; BLOCK_P x BLOCK_N of them in one program.
 """
@@ -36,7 +36,7 @@ def sum_kernel(
 
 @torch.library.custom_op("switchyard::sum_copies", mutates_args=())
 def add(copies_CN: Tensor, order_C: Tensor, ends_P: Tensor) -> Tensor:
-    """sums_PN of contiguous copies."""
+    """sums_PN of contiguous copies, each row's in the order of order_C."""
     sums_PN = _empty(copies_CN, order_C, ends_P)
     P, N = sums_PN.shape
     if sums_PN.numel():

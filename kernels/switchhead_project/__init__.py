@@ -34,6 +34,8 @@ def project_values(
         leaves get fp32 gradients. "triton" applies the gate to the fp32 product and rounds the sum over the choices once, is
         deterministic, bit for bit, and saves its inputs only. fp32 products round to TF32 only where
         torch.backends.cuda.matmul.allow_tf32 is set. An expert that nobody chose gets exactly zero gradients.
+        Weights that are not finite reach only the values, and the gates' gradients, of those who chose them. The gradient of x is another
+        matter: "triton" and "torch" multiply every expert's matrix there, by 0 where it was not chosen, and give every token NaN.
 
     Raises:
         ValueError: shapes, dtypes, devices or experts that do not fit together; "triton" without a GPU. What experts hold is not
@@ -62,7 +64,9 @@ def project_outputs(
 
     Returns:
         (T, D). "triton" rounds gate * y to the dtype of y before the product, and the sum over heads and choices once. "triton" and
-        "torch" multiply every expert's matrix, with 0 where it was not chosen: a weight that is not finite reaches every token.
+        "torch" multiply every expert's matrix, by 0 where it was not chosen: a weight that is not finite gives every token NaN, and a y
+        that is not finite its own token. In the gradient of y that holds for "torch"; in the others' a weight reaches only those who
+        chose it, as in the gates' gradients of all.
     """
     y_THC, weights_GCD = (_as_autocast(each, y_THC.device.type) for each in (y_THC, weights_GCD))
     _check_layout("y [T, H, C]", y_THC, 3, "weights [G, C, D]", weights_GCD)

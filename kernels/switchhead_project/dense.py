@@ -3,7 +3,7 @@
 Owns: that form. Does not own: checks (the public functions). Called by: kernels/switchhead_project and its benchmark.
 
 G C numbers per token pass through memory, E / K times those of the chosen experts. A token meets an expert that it did not choose with
-a gate of 0, so weights that are not finite reach every token.
+0, in O's product and in both backward passes, so weights that are not finite reach every token's output in O and every row's gradient.
 """
 
 from torch import Tensor

@@ -8,8 +8,9 @@ Called by: kernels/switchhead_project/op.py and forms.py.
 multiplies by every expert of the head, and adds what a token chose. Programs of one tile of tokens run side by side, so that x comes
 from the L2 cache after its first time. `outputs_kernel` projects the heads back (C -> D). A program owns a tile of tokens and of
 columns; its one sum runs over heads, experts and C. The backward pass of each is the other one with transposed weights.
-Nothing is written per copy, every result has one owner, and a token meets an expert that it did not choose with a gate of 0. So a weight
-that is not finite reaches every token in the outputs, where it is multiplied by that 0; in the values it does not.
+Nothing is written per copy, every result has one owner, and a token meets an expert that it did not choose with a gate of 0. In
+`outputs_kernel` that 0 is multiplied: a weight that is not finite reaches every token, in O and in the gradient of V's x, and a row that
+is not finite gives its own token NaN. `values_kernel` drops the product: there a weight reaches only those who chose it.
 
 Letters, here only: T tokens, H heads, E experts of a head, K choices, C width of a head, D model width. Tensors are contiguous but
 for the weights. All widths are constants of a compilation, so that D 412 is loaded 8 bytes at a time and not 2.

@@ -59,12 +59,14 @@ def inputs_of(case: Case, seed: int = 0) -> Inputs:
     }
 
 
-def compute_in_small_tiles(case: Case, inputs: Inputs, backend: str) -> dict[str, Tensor]:
-    """The same with tiles of 16 x 16, so that a small shape has many."""
+def compute_in_small_tiles(
+    case: Case, inputs: Inputs, backend: str, columns: tuple[int, ...] = (16,)
+) -> dict[str, Tensor]:
+    """The same with tiles of 16 x 16, so that a small shape has many. columns: of each tile there is; the first one is taken."""
     import kernels.grouped_matmul.kernel as kernel
 
     before = kernel.tiles_for
-    kernel.tiles_for = lambda dtype: (kernel.Tiles(16, 16, 16, 4, 2),)
+    kernel.tiles_for = lambda dtype: tuple(kernel.Tiles(16, each, 16, 4, 2) for each in columns)
     try:
         return compute(case, inputs, backend)
     finally:

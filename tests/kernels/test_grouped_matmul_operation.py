@@ -78,9 +78,10 @@ def check_the_operation() -> None:
     copies = (output.order_C, output.ends_P, row.order_C, row.ends_P)
     torch.library.opcheck(forward, (*leaves, offsets, *indices, *copies, False, False))
     plain = [leaf.detach() for leaf in leaves]
-    for needs in ((True, True, True), (False, True, False), (False, False, True)):
-        args = (given["gradient"], *plain, offsets, *indices, row.order_C, row.ends_P, False, False, *needs)
-        torch.library.opcheck(backward, args, test_utils=("test_schema", "test_faketensor"))
+    for relu in (False, True):
+        for needs in ((True, True, True), (True, True, False), (False, True, False), (False, False, True)):
+            args = (given["gradient"], *plain, offsets, *indices, row.order_C, row.ends_P, relu, False, *needs)
+            torch.library.opcheck(backward, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_torch_finds_nothing_wrong_with_the_operation(interpreted: Interpreted) -> None:

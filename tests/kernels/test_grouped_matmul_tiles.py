@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from itertools import accumulate
 from math import ceil
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -101,6 +102,21 @@ def test_groups_advance_together_while_their_weights_fit_in_half_of_the_cache() 
     assert bits(1, copies=100) == bits(1, copies=0) == 0
 
 
+def test_a_gpu_is_asked_for_its_cache_and_its_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 multiprocessors, each with 16 warps of 128 registers and 227 KiB for its programs."""
+    gpu = torch.device("cuda")
+    properties = SimpleNamespace(L2_cache_size=1000, multi_processor_count=10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    sizes: dict[str, Any] = {"copies": 4096, "groups": 4, "block": 128, "device": gpu}
+    assert [schedule.order_bits(weight_bytes=each, **sizes) for each in (500, 501)] == [3, 0]
+
+    def programs(most: int = 1000, warps: int = 4, shared: int = 1024, wide: bool = False) -> int:
+        return schedule.num_programs(most, warps=warps, shared=shared, wide=wide, device=gpu)
+
+    assert [programs(), programs(wide=True), programs(warps=8), programs(most=7)] == [40, 20, 20, 7]
+    assert [programs(shared=kib << 10) for kib in (75, 76, 113, 114, 228)] == [30, 20, 20, 10, 10]
+
+
 @contextmanager
 def grids() -> Iterator[list[tuple[str, int]]]:
     """Inside, every launch adds its kernel and its number of programs."""
@@ -133,6 +149,17 @@ def test_a_launch_has_no_more_programs_than_a_device_holds_and_each_walks_over_i
     found, values = interpreted(launch_with, case, inputs, most)
     assert [programs for name, programs in found if name == "multiply"] == [min(most, 3 * 6), min(most, 2 * 6)]
     assert_same(values, loop(case, inputs))
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("columns", [(32, 16), (16, 32)], ids=str)
+def test_the_gates_gradient_is_the_sum_over_the_column_tiles_that_were_written(
+    interpreted: Interpreted, columns: tuple[int, ...], activation: str
+) -> None:
+    """There is memory for as many as the narrowest tiles make, NaN where nothing is written: widths of 40 are 3 of them, or 2."""
+    case = Case((11, 0, 13), 40, 40, num_rows=9, num_outputs=7, gate_side="after", activation=activation)
+    inputs = inputs_of(case)
+    assert_same(interpreted(compute_in_small_tiles, case, inputs, "triton", columns), loop(case, inputs))
 
 
 def order_of_a_launch(weights_fit: bool) -> list[int]:

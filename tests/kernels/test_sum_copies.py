@@ -55,7 +55,9 @@ def test_any_copies_are_summed(interpreted: Interpreted, index: list[int], width
 def test_a_sum_of_bf16_is_rounded_once(interpreted: Interpreted) -> None:
     """256 + 1 is 256 in bf16: a sum that was rounded after each copy would stay there."""
     copies_CN = torch.tensor([[256.0], *[[1.0]] * 8]).bfloat16()
-    assert interpreted(summed, copies_CN, torch.zeros(9, dtype=torch.int64), 1).item() == 264.0
+    found = interpreted(summed, copies_CN, torch.zeros(9, dtype=torch.int64), 1)
+    assert found.dtype == torch.bfloat16
+    assert found.item() == 264.0
 
 
 def test_the_copies_of_a_row_ascend() -> None:
@@ -63,6 +65,29 @@ def test_the_copies_of_a_row_ascend() -> None:
     assert copies.order_C.tolist() == [1, 3, 4, 0, 2]
     assert copies.ends_P.tolist() == [3, 3, 5, 5]
     assert copies.order_C.dtype == copies.ends_P.dtype == torch.int32
+
+
+def summed_in_order(values: list[float], order: list[int]) -> float:
+    copies = RowCopies(torch.tensor(order, dtype=torch.int32), torch.tensor([len(order)], dtype=torch.int32))
+    return sum_copies(torch.tensor(values)[:, None], copies).item()
+
+
+@pytest.mark.parametrize(("order", "wanted"), [([0, 1, 2], 1.0), ([2, 0, 1], 0.0), ([1, 2, 0], 0.0), ([1, 0, 2], 1.0)])
+def test_copies_are_added_in_the_order_that_is_given(interpreted: Interpreted, order: list[int], wanted: float) -> None:
+    """In float32 1e8 + 1 is 1e8: the 1 is left over only where it comes last."""
+    assert interpreted(summed_in_order, [1e8, -1e8, 1.0], order) == wanted
+
+
+def checked_by_torch() -> dict[str, str]:
+    from kernels.sum_copies.kernel import add
+
+    copies = RowCopies.of(torch.tensor([2, 0, 2, 0, 0]), num_rows=4)
+    arguments = (torch.ones(5, 3).bfloat16(), copies.order_C, copies.ends_P)
+    return torch.library.opcheck(add, arguments, test_utils=("test_schema", "test_faketensor"), raise_exception=False)
+
+
+def test_torch_finds_nothing_wrong_with_the_operation(interpreted: Interpreted) -> None:
+    assert set(interpreted(checked_by_torch).values()) == {"SUCCESS"}
 
 
 def test_tensors_on_a_cpu_are_refused_outside_the_interpreter() -> None:

@@ -228,6 +228,29 @@ def test_an_expert_s_nan_reaches_only_the_values_of_those_who_chose_it(interpret
     assert torch.equal(found["gates"].isnan(), chose_THK)
 
 
+# Of weights that nobody chose, what is NaN at every token: the product that multiplies by the 0 of what was not chosen.
+REACHED = {
+    ("values", "triton"): {"rows"},
+    ("values", "torch"): {"rows"},
+    ("values", "reference"): set(),
+    ("outputs", "triton"): {"output"},
+    ("outputs", "torch"): {"output", "rows"},
+    ("outputs", "reference"): set(),
+}
+
+
+@pytest.mark.parametrize(("part", "backend"), REACHED)
+def test_weights_that_nobody_chose_and_that_are_not_finite_reach_what_the_docstrings_say(
+    part: str, backend: str, interpreted: Run
+) -> None:
+    inputs = make_inputs(Case(20, 2, 4, 2, 20, 12, only=(0, 2, 3)), part)
+    inputs["weights"][[1, 5]] = float("inf")
+    run = interpreted if backend == "triton" else lambda function, *args: function(*args)
+    found = run(by_backend, inputs, part, backend)
+    assert {name for name in NAMES if not found[name].isfinite().all()} == REACHED[part, backend]
+    assert all(found[name].isnan().all() for name in REACHED[part, backend])
+
+
 @PARTS
 def test_two_runs_are_bit_equal(part: str, interpreted: Run) -> None:
     inputs = make_inputs(Case(70, 2, 3, 2, 40, 70), part)

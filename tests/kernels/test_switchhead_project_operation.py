@@ -154,8 +154,9 @@ def checked_by_torch(inputs: Inputs, part: str) -> list[str]:
 
 
 @PARTS
-def test_torch_finds_nothing_wrong_with_the_operations(part: str, interpreted: Run) -> None:
-    found = interpreted(checked_by_torch, make_inputs(Case(9, 2, 3, 2, 20, 12), part), part)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torch_finds_nothing_wrong_with_the_operations(dtype: torch.dtype, part: str, interpreted: Run) -> None:
+    found = interpreted(checked_by_torch, make_inputs(Case(9, 2, 3, 2, 20, 12), part, dtype), part)
     assert [text.count("'SUCCESS'") for text in found] == [4, 2, 2, 2], found
 
 

@@ -1,10 +1,13 @@
 """The choice among a kernel's configurations, with a clock that the test sets."""
 
+import hashlib
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import triton
 
 from kernels.tuning import decide, decisions, fastest, measuring, rounded
 
@@ -26,7 +29,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     decide({})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    repeats, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
     yield names
+    torch.use_deterministic_algorithms(repeats, warn_only=warns)
     decide(kept)
 
 
@@ -41,22 +47,30 @@ def test_the_fastest_is_measured_once_for_each_key(measured: list[str]) -> None:
 def test_nothing_is_measured_without_a_gpu_or_where_results_must_repeat(measured: list[str]) -> None:
     assert fastest(list(MILLISECONDS), measured.append, key="op", device=torch.device("cpu")) == "small"
     torch.use_deterministic_algorithms(True)
-    try:
-        assert fastest(list(MILLISECONDS), measured.append, key="op", device=GPU) == "small"
-    finally:
-        torch.use_deterministic_algorithms(False)
+    assert fastest(list(MILLISECONDS), measured.append, key="op", device=GPU) == "small"
     assert measured == []
+    assert decisions() == {}
+
+
+def test_while_a_graph_is_recorded_nothing_is_measured_or_kept_but_what_was_decided_holds(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fastest(list(MILLISECONDS), measured.append, key=("op", 16), device=GPU)
+    kept = decisions()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with measuring():
+        assert fastest(list(MILLISECONDS), measured.append, key=("op", 32), device=GPU) == "small"
+        assert fastest(list(MILLISECONDS), measured.append, key=("op", 16), device=GPU) == "middle"
+    assert len(measured) == 3
+    assert decisions() == kept
 
 
 def test_before_a_run_they_are_measured_and_then_hold_where_results_must_repeat(measured: list[str]) -> None:
     torch.use_deterministic_algorithms(True)
-    try:
-        with measuring():
-            assert fastest(list(MILLISECONDS), measured.append, key=("op", 16), device=GPU) == "middle"
+    with measuring():
         assert fastest(list(MILLISECONDS), measured.append, key=("op", 16), device=GPU) == "middle"
-        assert fastest(list(MILLISECONDS), measured.append, key=("op", 32), device=GPU) == "small"
-    finally:
-        torch.use_deterministic_algorithms(False)
+    assert fastest(list(MILLISECONDS), measured.append, key=("op", 16), device=GPU) == "middle"
+    assert fastest(list(MILLISECONDS), measured.append, key=("op", 32), device=GPU) == "small"
     assert len(measured) == 3
 
 
@@ -69,10 +83,41 @@ def test_decisions_that_were_kept_are_taken_without_measuring(measured: list[str
     assert len(measured) == 3
 
 
-def test_a_kept_decision_for_a_configuration_that_is_gone_is_measured_again(measured: list[str]) -> None:
+def test_another_list_of_configurations_is_measured_again(measured: list[str]) -> None:
+    """Also one of the same length, in which a number would name another configuration."""
     fastest(list(MILLISECONDS), measured.append, key="op", device=GPU)
-    decide({name: 7 for name in decisions()})
-    assert fastest(list(MILLISECONDS), measured.append, key="op", device=GPU) == "middle"
+    for changed, wanted in ((["small", "large"], "large"), (["large", "small", "middle"], "middle")):
+        measured.clear()
+        assert fastest(changed, measured.append, key="op", device=GPU) == wanted
+        assert measured == changed
+    assert len(decisions()) == 3
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (torch.cuda, "get_device_name", lambda device: "another GPU"),
+        (torch, "__version__", "3.0.0"),
+        (triton, "__version__", "4.0.0"),
+    ],
+    ids=["device", "torch", "triton"],
+)
+def test_another_device_or_compiler_is_measured_again(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, value: Any
+) -> None:
+    fastest(list(MILLISECONDS), measured.append, key="op", device=GPU)
+    monkeypatch.setattr(owner, name, value)
+    fastest(list(MILLISECONDS), measured.append, key="op", device=GPU)
+    assert len(measured) == 6
+    assert len(decisions()) == 2
+
+
+def test_a_decision_has_the_same_name_in_every_process(measured: list[str]) -> None:
+    """Python's own hash of a text would not."""
+    fastest(list(MILLISECONDS), measured.append, key=("op", 16), device=GPU)
+    tiles = hashlib.sha256(b"('small', 'middle', 'large')").hexdigest()[:8]
+    build = f"torch {torch.__version__}, triton {triton.__version__}, tiles {tiles}"
+    assert decisions() == {f"a GPU, {build}: ('op', 16)": 1}
 
 
 def test_more_than_four_configurations_are_refused(measured: list[str]) -> None:

@@ -1,6 +1,7 @@
 """What the GPU benchmarks make of times: medians, shares of the attainable rate, ratios, MFU, met or missed; and what they refuse."""
 
 import argparse
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -9,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import kernel_bench, layers, timing
+from benchmarks.gpu import kernel_bench, layers, timing, training
 from benchmarks.gpu.kernel_bench import Bench, Inputs, Work
-from benchmarks.gpu.timing import Bar, Machine, Speeds
+from benchmarks.gpu.timing import Machine, Speeds, Times
 from benchmarks.gpu.training import TINY, TINY_DENSE, Result, read
 from data.prepare import main as prepare
 
@@ -68,7 +69,8 @@ MILLISECONDS = {"rival": [14.0, 15.0, 90.0], "ours": [10.0, 11.0, 9.0], "prepare
 
 
 def test_a_share_is_the_larger_of_two_floors_over_the_median_and_the_ratio_is_rival_over_ours(monkeypatch):
-    monkeypatch.setattr(kernel_bench, "time_all", lambda functions: MILLISECONDS)
+    times = {name: Times(values, [0.5, 0.25, 9.0]) for name, values in MILLISECONDS.items()}
+    monkeypatch.setattr(kernel_bench, "time_all", lambda functions: times)
     measure = kernel_bench.measure
     machine = Measuring(torch.device("cpu"), "test")
     row = measure(BENCH, BENCH.layers[0], machine, SPEEDS, zipf=True, backward=False)
@@ -77,6 +79,10 @@ def test_a_share_is_the_larger_of_two_floors_over_the_median_and_the_ratio_is_ri
     assert row.ratio == pytest.approx(15.0 / 10.0)
     assert row.tflops == pytest.approx(2e9 / 5e-3 / 1e12)
     assert str(row).startswith("| ten | Zipf 1.0 | fwd | 15.000 ± ")
+    assert "| 0.50 / 0.50 / 0.50 | 1.50 | 2.000 |" in str(row)
+    columns = kernel_bench.head(BENCH, machine, SPEEDS).splitlines()[-2]
+    assert columns.count("|") == str(row).count("|")
+    assert "| prepared | host | rival / ours | attainable |" in columns
     both = measure(BENCH, BENCH.layers[0], machine, SPEEDS, zipf=False, backward=True)
     assert kernel_bench.verdicts(BENCH, [row, both]) == [
         "- bar: square fwd, share of attainable, at least 50%: **missed** (0 of 1 reach it). ten Zipf 1.0 40%",
@@ -85,18 +91,75 @@ def test_a_share_is_the_larger_of_two_floors_over_the_median_and_the_ratio_is_ri
     ]
 
 
-def test_inputs_rotate_through_more_than_twice_the_cache(monkeypatch):
-    seen: list[float] = []
-    bench = replace(
-        BENCH, functions={"rival": lambda inputs: (seen.append(float(inputs.leaves[0][0].detach())), square(inputs))[1]}
+@pytest.mark.parametrize("size", [10, 26, 1000])
+@pytest.mark.parametrize("num_functions", [1, 2, 3, 4])
+def test_between_two_uses_of_a_set_by_any_function_more_than_twice_the_cache_is_read(num_functions: int, size: int):
+    read: list[float] = []
+    functions = {
+        str(number): lambda inputs: (read.append(float(inputs.leaves[0][0].detach())), square(inputs))[1]
+        for number in range(num_functions)
+    }
+    bench = replace(BENCH, functions=functions)
+    machine = Measuring(torch.device("cpu"), "test")
+    calls = kernel_bench.calls(bench, Layer("", size), machine, zipf=False, backward=False)
+    for turn in range(-timing.WARM_UP, 120):
+        for name in functions:
+            calls[name](turn)
+    last: dict[float, int] = {}
+    for now, seed in enumerate(read):
+        if seed in last:
+            between = set(read[last[seed] + 1 : now])
+            assert len(between) * size * 4 > 2 * machine.cache_bytes
+        last[seed] = now
+    assert len(read) > 2 * len(last)
+
+
+def test_sets_are_as_many_as_the_smallest_inputs_of_a_function_need():
+    """A rival that reads a tenth of the bytes would otherwise find them in the cache."""
+    machine, seen = Measuring(torch.device("cpu"), "test"), []
+
+    def tenth(inputs: Inputs) -> Inputs:
+        return replace(inputs, leaves=(inputs.leaves[0][:10],))
+
+    def rival(inputs: Inputs) -> Tensor:
+        seen.append(float(inputs.leaves[0][0].detach()))
+        return square(inputs)
+
+    bench = replace(BENCH, functions={"rival": rival, "ours": square}, adapt={"rival": tenth})
+    call = kernel_bench.calls(bench, Layer("", 100), machine, zipf=False, backward=False)["rival"]
+    for turn in range(200):
+        call(turn)
+    assert len(set(seen)) * 40 > 2 * machine.cache_bytes
+
+
+def test_rows_that_were_measured_are_printed_before_the_next_is(monkeypatch, capsys):
+    """A step that runs out of time leaves them."""
+    monkeypatch.setattr(sys, "argv", ["bench", "--smoke"])
+    monkeypatch.setattr(kernel_bench, "interpreted", lambda: True)
+    monkeypatch.setattr(kernel_bench, "why_not_triton", lambda device_type: None)
+    right = kernel_bench.measure
+
+    def measure(*args: Any, backward: bool, **options: Any) -> kernel_bench.Row:
+        if backward:
+            raise RuntimeError("the second row")
+        return right(*args, backward=backward, **options)
+
+    monkeypatch.setattr(kernel_bench, "measure", measure)
+    with pytest.raises(SystemExit, match="error: the second row"):
+        kernel_bench.main(replace(BENCH, smoke_layers=BENCH.layers))
+    text = capsys.readouterr().out
+    assert text.startswith("# square on ")
+    assert text.splitlines()[-1].startswith("| ten | Zipf 1.0 | fwd | not measured |")
+
+
+def test_training_without_shards_ends_in_one_sentence(monkeypatch, capsys, tmp_path: Path):
+    monkeypatch.setattr(
+        sys, "argv", ["training", "--smoke", "--shards", f"{tmp_path}/none", "--runs", f"{tmp_path}/runs"]
     )
-    functions = kernel_bench.calls(
-        bench, BENCH.layers[0], Measuring(torch.device("cpu"), "test"), zipf=False, backward=False
-    )
-    for turn in range(-2, 100):
-        functions["rival"](turn)
-    assert len(set(seen)) * 40 > 2 * 1000  # ten floats each
-    assert len(set(seen[:52])) == len(set(seen))
+    with pytest.raises(SystemExit, match=r"error: there is no folder of shards at .*none/train"):
+        training.main()
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "runs").exists()
 
 
 class _Worse:
@@ -149,33 +212,15 @@ def test_both_layers_of_a_pair_see_the_same_tokens(pair: tuple[str, str]):
     assert not dense.banks
 
 
-@pytest.mark.parametrize("kind", ["at least", "at most"])
-def test_a_bar_includes_its_limit(kind: str):
-    bar = Bar("it must be", kind, 0.65)
-    worse = 0.64 if kind == "at least" else 0.66
-    assert bar.verdict({"a": 0.65, "b": None}) == f"- bar: it must be {kind} 0.65: met. a 0.65"
-    assert f"**missed** (1 of 2 reach it). a 0.65; b {worse}" in bar.verdict({"a": 0.65, "b": worse})
-    assert bar.verdict({"a": None}).endswith("0.65: not measured")
-
-
-def test_experts_are_distinct_and_zipf_prefers_the_first():
-    for zipf in (False, True):
-        generator = torch.Generator().manual_seed(1)
-        ids = timing.choose_experts(tokens=20_000, num_experts=8, top_k=2, zipf=zipf, generator=generator)
-        assert (ids[:, 0] != ids[:, 1]).all()
-        first = torch.bincount(ids[:, 0], minlength=8) / len(ids)
-        harmonic = sum(1 / (i + 1) for i in range(8))
-        wanted = [1 / (i + 1) / harmonic if zipf else 1 / 8 for i in range(8)]
-        assert first.tolist() == pytest.approx(wanted, abs=0.015)
-
-
 def test_speeds_are_those_of_the_gpu_or_those_that_are_given():
     none, given = (argparse.Namespace(peak_tflops=t, bandwidth_gb=g) for t, g in ((None, None), (100.0, 2000.0)))
     h200 = Measuring(torch.device("cpu"), "NVIDIA H200")
     assert timing.speeds_of(h200, none) == Speeds(989e12, 4.8e12)
     assert timing.speeds_of(h200, given) == Speeds(100e12, 2e12)
-    with pytest.raises(ValueError, match="--peak-tflops"):
-        timing.speeds_of(Measuring(torch.device("cpu"), "another"), none)
+    assert timing.speeds_of(Measuring(torch.device("cpu"), "NVIDIA H100 80GB HBM3"), none) == Speeds(989e12, 3.35e12)
+    for other in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200 NVL", "another"):
+        with pytest.raises(ValueError, match="--peak-tflops"):
+            timing.speeds_of(Measuring(torch.device("cpu"), other), none)
 
 
 def test_a_training_run_is_judged_without_its_first_record_and_by_the_flops_of_its_tokens():
