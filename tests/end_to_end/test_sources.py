@@ -11,11 +11,12 @@ from tests.end_to_end.conftest import ConfigFile, Processes, records
 
 @pytest.fixture
 def mixed(config: ConfigFile, shards: Path, tmp_path: Path) -> ConfigFile:
-    """Two sources, one behind a command; a document in the first shard of the other is damaged."""
+    """Two sources, one behind a command; half of the first shard of the other is damaged."""
     copy = Path(shutil.copytree(shards / "heldout", tmp_path / "second"))
     tar = sorted(copy.glob("*.tar"))[0]
     content = bytearray(tar.read_bytes())
-    content[-3000:-2000] = bytes(1000)
+    first, last = len(content) // 4, 3 * len(content) // 4  # documents, and not the zeros at the end of a tar
+    content[first:last] = bytes(last - first)
     tar.write_bytes(content)
     values: dict[str, Any] = config.values | {
         "data": config.values["data"]
