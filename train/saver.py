@@ -31,9 +31,7 @@ from train.together import on_every_rank
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILURES = (
-    3  # in a row: what failed three times does not mend itself, and each lost save is work that a crash would lose
-)
+MAX_FAILURES = 3  # in a row: what failed three times does not mend itself
 QUIET_S = 1.0  # a wait at the run's end that is longer is said
 
 
