@@ -226,8 +226,7 @@ def test_the_text_names_the_topology_the_choices_the_bytes_the_seconds_and_the_m
     assert "topology: 8 processes, 4 node(s) of 2; ep_size 4, 2 hop(s); expert-data size 2; zero_stage 2" in lines
     assert "per rank and micro-step: 2 rows, 512 tokens; 1 micro-step(s); what travels has 4 bytes an element" in lines
     text = "\n".join(lines)
-    for bank in ("mixer.value_experts: ", "mixer.output_experts: ", "feedforward.experts: "):
-        assert bank in text
+    assert all(f"{bank}: " in text for bank in ("mixer.value_experts", "mixer.output_experts", "feedforward.experts"))
     assert " at 100 and 10 GB/s:" in text
     assert "Activations are not predicted." in text
     verbs = {line.split("  ")[1]: line.split()[-3:] for line in lines if line.startswith("  ")}
@@ -259,8 +258,7 @@ def test_a_checkpoint_is_predicted_with_its_seconds_and_the_memory_of_its_copy(c
 
 
 def test_the_memory_of_streams_is_in_the_predicted_checkpoint():
-    path = ROOT / "configs" / "paper" / "switchall_xl_47m_c4.yaml"
-    config = load_config(path, ["model.vocab_size=8000"])
+    config = load_config(ROOT / "configs/paper/switchall_xl_47m_c4.yaml", ["model.vocab_size=8000"])
     model = Transformer(config.model, vocab_size=8000, backend="reference")
     found = forecast(config, world(1, per_node=1), model)
     memory = build_memory(config, LocalMesh(torch.device("cpu")))
