@@ -1,6 +1,7 @@
 """What a step waits for a save, behind the steps and not; host memory of a save; the time to resume against checkpoint size.
 
-Owns: the three tables. One process, PlainEngine, float32, random tokens; each row in a process of its own, because memory is read from it.
+Owns: the two tables. One process and thread, PlainEngine, float32, random tokens; each row in a process of its own, because memory is
+read from it. CPU seconds are the main thread's: what the wall clock would say on an idle machine, but for the disk.
 The files are dropped from the page cache before a resume. Called by: anyone, from the root of the clone, `python -m
 benchmarks.train.bench_save --folder DIR` (some GB there); prints Markdown.
 """
@@ -9,7 +10,6 @@ import argparse
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,7 +35,7 @@ from train.step import StepSettings, train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 8000
-SAVES = 3  # the first of them makes the host memory of the copy
+SAVES = 2  # the first of them makes the host memory of the copy
 RESUMED = ("tiny_cpu", "switchall_47m", "paper/switchhead_rope_243m")
 CPU = torch.device("cpu")
 
@@ -75,28 +75,30 @@ def forget_peak() -> None:
 
 
 def steps_and_saves(folder: Path, *, rows: int, asynchronous: bool) -> dict[str, Any]:
-    """Two steps alone, then a save before every step, which runs while it is written."""
+    """A step alone, then a save before every step, which runs while it is written."""
     config, engine = engine_of("switchall_47m")
     world, settings = LocalMesh(CPU), StepSettings(1, seed=1, mask_documents=True)
     stream = batches(rows, config.data.sequence_length)
     number = 0
 
-    def step() -> float:
+    def step() -> tuple[float, float]:
         nonlocal number
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.thread_time()
         train_step(engine, stream, world, settings, step=number, lr=1e-4)
         number += 1
-        return time.perf_counter() - began
+        return time.perf_counter() - began, time.thread_time() - busy
 
     step()
-    alone, behind, waits, writes, grown = [step(), step()], [], [], [], []
+    alone, behind, waits, busy_waits, writes, grown = [step()], [], [], [], [], []
     chosen = CheckpointConfig(asynchronous=asynchronous, keep=1)
     with open_saver(folder, world, chosen, patience_s=60, say=print) as saver:
         for _ in range(SAVES):
             forget_peak()
             before = memory("VmRSS")
             state = TrainState(step=number, position=number * rows, config={}, extra={})
+            busy = time.thread_time()
             saver.save(state, fragments=engine.owned_fragments(), tensors={})
+            busy_waits.append(time.thread_time() - busy)
             peak = memory("VmHWM")  # before a step's activations come and go
             took = step()
             saver.finish()
@@ -106,7 +108,15 @@ def steps_and_saves(folder: Path, *, rows: int, asynchronous: bool) -> dict[str,
             grown.append(peak - before)
             behind.append(took)
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e9
-    found = {"size": size, "alone": alone, "behind": behind, "waits": waits, "writes": writes, "grown": grown}
+    found = {
+        "size": size,
+        "alone": alone,
+        "behind": behind,
+        "waits": waits,
+        "busy_waits": busy_waits,
+        "writes": writes,
+        "grown": grown,
+    }
     return found | {"parameters": count_parameters(engine.model), "rss": memory("VmRSS")}
 
 
@@ -146,31 +156,25 @@ def in_a_process(folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 def table_of_steps(folder: Path, rows: int) -> Iterator[str]:
-    names = (
-        "a step alone, s",
-        "a step with a write behind it, s",
-        "a step waits, s",
-        "of a step",
-        "write, s",
-        "memory grows, GB",
-    )
+    names = ("a step alone, s (CPU s)", "with a write behind it, s", "a step waits, s (CPU s): first save, second")
+    names += ("of a step, by CPU s", "write, s", "memory grows, GB: first save, second")
     yield f"| save | {' | '.join(names)} |"
     yield "|---" * (len(names) + 1) + "|"
     size = 0.0
     for name, flag in (("waited for", "--wait"), ("behind the steps", "--behind")):
         found = in_a_process(folder, "--rows", str(rows), flag)
         size = found["size"]
-        step = statistics.median(found["alone"])
-        waits = f"{found['waits'][0]:.3f} the first, then " + ", ".join(f"{wait:.3f}" for wait in found["waits"][1:])
-        behind = f"{statistics.median(found['behind']):.2f}" if flag == "--behind" else "-"
-        grown = ", ".join(f"{max(0.0, more):.3f}" for more in found["grown"])
-        share = statistics.median(found["waits"][1:]) / step
-        yield (
-            f"| {name} | {step:.2f} | {behind} | {waits} | {100 * share:.1f} % | "
-            f"{statistics.median(found['writes']):.2f} | {grown} |"
+        ((seconds, busy),) = found["alone"]
+        waits = ", ".join(
+            f"{wait:.2f} ({of_cpu:.3f})" for wait, of_cpu in zip(found["waits"], found["busy_waits"], strict=True)
         )
+        behind = ", ".join(f"{one:.2f}" for one, _ in found["behind"]) if flag == "--behind" else "-"
+        writes = ", ".join(f"{write:.2f}" for write in found["writes"])
+        grown = ", ".join(f"{max(0.0, more):.3f}" for more in found["grown"])
+        share = 100 * found["busy_waits"][-1] / busy
+        yield f"| {name} | {seconds:.2f} ({busy:.2f}) | {behind} | {waits} | {share:.1f} % | {writes} | {grown} |"
     yield ""
-    yield f"switchall_47m, {rows} rows of 256 tokens to a step, a checkpoint of {size:.3f} GB."
+    yield f"switchall_47m, {rows} rows of 256 tokens to a step (the config has 64), a checkpoint of {size:.3f} GB."
 
 
 def table_of_resumes(folder: Path) -> Iterator[str]:
@@ -193,6 +197,7 @@ def main() -> int:
     parser.add_argument("--wait", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--behind", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # as `make train` does; CPU seconds then are those of one thread
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     if args.resume:
