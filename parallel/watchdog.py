@@ -5,8 +5,8 @@ where the others are, says in one sentence who is missing and where it was last 
 stacks of its threads to <run folder>/hang/ and leaves with exit code 1. An error on one rank reaches the others as that rank's sentence
 instead of the broken connection that follows from it. Started by train/build.py; the ledger and the collectives know nothing of it.
 
-What must not trip it: a wait is a hang when it lasts longer than watchdog_s, whatever the missing rank does meanwhile. So a checkpoint
-that is waited for, an evaluation or a first compile may differ between ranks by less than that; raise parallel.watchdog_s where they do not.
+What must not trip it: a wait is a hang when it lasts longer than watchdog_s, whatever the missing rank does meanwhile. So writing a
+checkpoint, an evaluation or a first compile may differ between ranks by less than that; raise parallel.watchdog_s where they do not.
 On CUDA a rank waits where the host waits (plans, sums, norms), so that is what is named.
 """
 
