@@ -103,10 +103,9 @@ def run(config: Config, info: ProcessInfo) -> None:
                 f"zero_stage {config.parallel.zero_stage}, {config.run.dtype}"
             )
             exchanges = exchange_notes(config, layout, processes=info.world_size)
-            for note in [*config.model.notes(), *kernel_notes, *exchanges]:
+            changed = [f"changed since the run began: {change}" for change in changes]
+            for note in [*config.model.notes(), *kernel_notes, *exchanges, *changed]:
                 reporter.say(note)
-            for change in changes:
-                reporter.say(f"changed since the run began: {change}")
             job = Job(config, layout, data, world, engine, build_memory(config, world), reporter, saver)
             start = restore(job)
             batches = _train_batches(job, start.position)
