@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The last column is text: the rates' defaults are parallel/predict.py's, which a run does not import.
+# The last column is text: the rates' defaults are those of parallel/predict.py and train/dry_run.py, which a run does not import.
 PLAN_FLAGS = (
     ("--nodes", int, "N", "machines", "those of this start"),
     ("--gpus-per-node", int, "G", "processes on each", "those of this start"),
     ("--nvlink-gb", float, "GB", "GB/s that a process sends inside its node", "450"),
     ("--network-gb", float, "GB", "GB/s that a process sends to other nodes", "50"),
     ("--tflops", float, "T", "TFLOP/s that a process sustains", "300"),
+    ("--disk-gb", float, "GB", "GB/s that a process writes of a checkpoint", "1"),
 )
 
 
@@ -123,7 +124,8 @@ def _plan(args: argparse.Namespace) -> "Plan":
 
     rates = {_name(flag): getattr(args, _name(flag)) for flag in ("--nvlink-gb", "--network-gb", "--tflops")}
     hardware = Hardware(**{name: value for name, value in rates.items() if value is not None})
-    return Plan(args.nodes, args.gpus_per_node, hardware)
+    disk = {} if args.disk_gb is None else {"disk_gb": args.disk_gb}
+    return Plan(args.nodes, args.gpus_per_node, hardware, **disk)
 
 
 def _name(flag: str) -> str:

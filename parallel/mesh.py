@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -78,6 +78,21 @@ class Mesh:
         traffic, num_steps = sum(self._steps, Traffic()), len(self._steps)
         self._steps.clear()
         return exchange_record(self, traffic, num_steps=num_steps)
+
+    @contextlib.contextmanager
+    def beside(self, *, timeout_s: float) -> Iterator["Mesh"]:
+        """The same ranks with a gloo group and a ledger of their own: for one other thread, whose collectives never mix with the run's.
+
+        Every rank enters it. What the mesh sends lies in host memory, and no watchdog looks at it: a collective that waits longer than
+        `timeout_s` seconds for a rank fails, and then so do all that follow.
+        """
+        group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        ledger = Ledger()
+        world = peers_of(group, node_size=self.node_size, ledger=ledger)
+        try:
+            yield replace(self, device=torch.device("cpu"), world=world, ledger=ledger, _steps=[])
+        finally:
+            dist.destroy_process_group(group)
 
     def barrier(self) -> None:
         """Returns when every rank is here."""

@@ -23,6 +23,7 @@ from parallel.config import (
     resolve_node_size,
     resolve_table_columns,
 )
+from train.checkpoint_config import CheckpointConfig
 from train.config_errors import sections, validate
 from train.config_file import Tree, read_tree, yaml_text
 from train.differences import differences
@@ -108,13 +109,6 @@ class OptimConfig(Section):
                 "set min_lr_ratio to 0.0 or schedule to cosine"
             )
         return self
-
-
-class CheckpointConfig(Section):
-    """When the run is saved; it is always saved at its end."""
-
-    every_steps: Count = 100
-    keep: Count = Field(default=3, description="checkpoints kept, the newest")
 
 
 class EvalConfig(Section):
@@ -253,8 +247,7 @@ _MAY_CHANGE = (
     "model.recompute",  # another layout may need the memory; dropout masks do not depend on the order of computing
     "model.expert_backend",  # another machine may lack the kernel
     "model.sigma_moe.keep_hidden",  # memory for time
-    "checkpoint.every_steps",
-    "checkpoint.keep",
+    "checkpoint.",
     "eval.every_steps",
 )
 

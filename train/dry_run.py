@@ -4,6 +4,7 @@ Owns what of a config and a model the prediction needs, and its text. Does not o
 model/cost.py). Called by launcher/main.py; benchmarks/scaling.py takes `forecast`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from textwrap import indent
@@ -21,6 +22,7 @@ from model.transformer import Transformer
 from parallel.config import ProcessInfo
 from parallel.predict import (
     EXCHANGE,
+    FLOAT_BYTES,
     Hardware,
     Memory,
     Prediction,
@@ -35,14 +37,17 @@ from train.build import build_model, choose_exchanges, exchange_notes, open_data
 from train.config import Config, Layout, check_world, to_yaml
 from train.optimizer import parameter_groups
 
+SHA256_GB = 1.0  # GB/s of one core, see docs/checkpoint_format.md
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What a dry run is asked for. nodes, gpus_per_node: None means those of this start."""
+    """What a dry run is asked for. nodes, gpus_per_node: None means those of this start. disk_gb: GB/s (10^9 bytes) of a process."""
 
     nodes: int | None = None
     gpus_per_node: int | None = None
     hardware: Hardware = field(default_factory=Hardware)
+    disk_gb: float = 1.0
 
     def processes(self, info: ProcessInfo) -> ProcessInfo:
         """`info` as it would be with these nodes; the rank stays that of this process."""
@@ -79,7 +84,7 @@ def dry_run(config: Config, info: ProcessInfo, plan: Plan = Plan()) -> None:
         print(f"# vocabulary: {vocab_size:,} tokens\n# parameters: {count_parameters(model):,}")
         length = config.data.sequence_length
         print(indent(table_text(model_table(model, length=length), length=length), "# "))
-        print(indent("\n".join(forecast_lines(config, forecast(config, planned, model), plan.hardware)), "# "))
+        print(indent("\n".join(forecast_lines(config, forecast(config, planned, model), plan)), "# "))
 
 
 def forecast(config: Config, info: ProcessInfo, model: Transformer) -> Forecast:
@@ -162,8 +167,9 @@ def _ends_of_blocks(model: ModelConfig) -> frozenset[str]:
     return frozenset({"mlp", "peer"} if gated else {"mlp", "peer", "pkm"})
 
 
-def forecast_lines(config: Config, found: Forecast, hardware: Hardware) -> list[str]:
+def forecast_lines(config: Config, found: Forecast, plan: Plan) -> list[str]:
     """The prediction as text, without comment signs."""
+    hardware = plan.hardware
     topology, work = found.topology, found.work
     nodes = topology.processes / topology.node_size
     rows = work.tokens // config.data.sequence_length
@@ -176,6 +182,7 @@ def forecast_lines(config: Config, found: Forecast, hardware: Hardware) -> list[
         *_sent_lines(found, hardware),
         *_step_lines(found, hardware),
         *_memory_lines(found.prediction.memory),
+        *_save_lines(config, found, plan.disk_gb),
     ]
 
 
@@ -224,3 +231,28 @@ def _memory_lines(memory: Memory) -> list[str]:
     }
     listed = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in parts.items())
     return [f"memory per rank, GB: {listed}; in all {memory.total / 1e9:.3f}. Activations are not predicted."]
+
+
+def save_bytes(config: Config, found: Forecast) -> int:
+    """Of a checkpoint, by the rank that writes most: its part of the weights and moments, and the memory of its streams.
+
+    Left out: the states of routers and norms, a few kilobytes of rank 0.
+    """
+    topology, state = found.topology, found.state
+    numbers = sum(math.ceil(count / topology.processes) for count in state.dense)
+    numbers += sum(math.ceil(count / topology.data_size) for count in state.experts)
+    remembered = sum(config.model.memory_blocks().values()) * config.data.sequence_length * config.model.d_model
+    return FLOAT_BYTES * (
+        numbers * (1 + state.moments) + remembered * math.ceil(config.data.streams / topology.processes)
+    )
+
+
+def _save_lines(config: Config, found: Forecast, disk_gb: float) -> list[str]:
+    gigabytes = save_bytes(config, found) / 1e9
+    kept = "as much host memory for the copy that is written behind the steps, kept from save to save"
+    if not config.checkpoint.asynchronous:
+        kept = "no host memory for a copy, the steps wait (checkpoint.asynchronous is false)"
+    return [
+        f"checkpoint: {gigabytes:.3f} GB per rank at most; {gigabytes / disk_gb:.3f} s to write at {disk_gb:g} GB/s and as long to read "
+        f"back where that is not from memory, {2 * gigabytes / SHA256_GB:.3f} s for SHA-256 of both; {kept}"
+    ]

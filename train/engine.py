@@ -34,6 +34,7 @@ class World(Protocol):
     def begin_step(self, step: int) -> None: ...
     def end_step(self) -> None: ...
     def exchange(self) -> dict[str, Any]: ...
+    def beside(self, *, timeout_s: float) -> contextlib.AbstractContextManager["World"]: ...
 
 
 class LocalMesh:
@@ -69,6 +70,9 @@ class LocalMesh:
 
     def exchange(self) -> dict[str, Any]:
         return {}
+
+    def beside(self, *, timeout_s: float) -> contextlib.AbstractContextManager["LocalMesh"]:
+        return contextlib.nullcontext(self)
 
 
 class Engine(Protocol):

@@ -146,7 +146,7 @@ def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float
     for name, value in record.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}/")
-        else:
+        elif not isinstance(value, str):  # TensorBoard's scalars are numbers; sentences are in metrics.jsonl
             yield prefix + name, value
 
 

@@ -6,6 +6,7 @@ Owns that order and nothing else: each line hands over to the module that knows.
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from train.metrics import MetricsWriter, Reporter, evaluation_record, router_rec
 from train.optimizer import learning_rate
 from train.run_folder import RunFolder, find_changes, write_folder
 from train.run_lock import hold_together
+from train.saver import Saver, open_saver
 from train.step import StepResult, StepSettings, total_reports, train_step
 from train.together import on_every_rank, on_rank_zero, read_together
 
@@ -52,6 +54,7 @@ class Job:
     engine: Engine
     memory: StreamMemory | None
     reporter: Reporter
+    saver: Saver
 
     @property
     def folder(self) -> RunFolder:
@@ -93,17 +96,17 @@ def run(config: Config, info: ProcessInfo) -> None:
         with (
             hold_together(world, Path(config.run.dir)),
             Reporter(is_main=world.rank == 0, total_steps=config.run.steps) as reporter,
+            _open_saver(config, world, reporter) as saver,
         ):
             reporter.say(
                 f"{count_parameters(model):,} parameters on {info.world_size} process(es), ep_size {layout.ep_size}, "
                 f"zero_stage {config.parallel.zero_stage}, {config.run.dtype}"
             )
             exchanges = exchange_notes(config, layout, processes=info.world_size)
-            for note in [*config.model.notes(), *kernel_notes, *exchanges]:
+            changed = [f"changed since the run began: {change}" for change in changes]
+            for note in [*config.model.notes(), *kernel_notes, *exchanges, *changed]:
                 reporter.say(note)
-            for change in changes:
-                reporter.say(f"changed since the run began: {change}")
-            job = Job(config, layout, data, world, engine, build_memory(config, world), reporter)
+            job = Job(config, layout, data, world, engine, build_memory(config, world), reporter, saver)
             start = restore(job)
             batches = _train_batches(job, start.position)
             world.barrier()  # every rank has read the run folder, and nothing was refused, before rank 0 writes into it
@@ -177,6 +180,7 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> None:
         rows += config.data.global_batch_size
         done = Progress(step + 1, start.position + (step + 1 - start.step) * config.data.global_batch_size)
         job.reporter.step(done.step)
+        job.saver.look()
 
         evaluates = done.step == last or done.step % config.eval.every_steps == 0
         saves = done.step == last or done.step % config.checkpoint.every_steps == 0
@@ -187,18 +191,20 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> None:
             record = _measure(job, result, done, lr=lr, rows_per_second=rows / seconds, evaluates=evaluates)
             if config.data.max_skipped_shards:
                 record["skipped_shards"] = len(batches.damaged)
+            record |= job.saver.take_record()
             writer.write(record)
             job.reporter.record(record)
             rows, seconds = 0, 0.0
 
         if saves:
             save(job, done)
+    job.saver.finish()
     writer.close()
     job.reporter.say(f"done: step {last}; checkpoints, metrics and config are in {job.folder.path}")
 
 
 def save(job: Job, at: Progress) -> None:
-    """Writes a checkpoint; RuntimeError on every rank if any could not write, and then the earlier ones are untouched."""
+    """Saves the run as it is now; RuntimeError on every rank, see `Saver.save`. The earlier checkpoints are then untouched."""
     state = checkpoint.TrainState(
         step=at.step,
         position=at.position,
@@ -210,13 +216,17 @@ def save(job: Job, at: Progress) -> None:
             "layout": {"processes": job.world.world_size, "ep_size": job.layout.ep_size},
         },
     )
-    fragments = job.engine.owned_fragments()
-    keep = job.config.checkpoint.keep
     tensors = {} if job.memory is None else job.memory.tensors()
     if job.world.rank == 0:  # the states are the same on all
         tensors |= states_of(job.engine.model)
-    checkpoint.save(
-        job.folder.checkpoints, state=state, fragments=fragments, tensors=tensors, mesh=job.world, keep=keep
+    job.saver.save(state, fragments=job.engine.owned_fragments(), tensors=tensors)
+
+
+def _open_saver(config: Config, world: World, reporter: Reporter) -> AbstractContextManager[Saver]:
+    # Half of the watchdog's patience: a rank that ends with an error tells the others after the wait, before they call it a hang.
+    patience_s = config.parallel.watchdog_s / 2
+    return open_saver(
+        RunFolder(Path(config.run.dir)).checkpoints, world, config.checkpoint, patience_s=patience_s, say=reporter.say
     )
 
 

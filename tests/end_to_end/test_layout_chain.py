@@ -9,6 +9,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from train.checkpoint import latest, read_tensors
 from train.config import Config, check_world
 from train.manifest import read_manifest
 from train.metrics import Reporter
-from train.run import Job, Progress, _train_batches, restore, save, train
+from train.run import Job, Progress, _open_saver, _train_batches, restore, save, train
 
 Pools = Callable[[int], Pool]
 
@@ -83,10 +84,11 @@ def visit(values: dict[str, Any], dtype: str) -> None:
     info = ALONE.model_copy(update=place)
     layout, data, device = check_world(config, info), open_data(config), set_up_torch(config, info)
     engines = config.model_copy(update={"run": config.run.model_copy(update={"dtype": dtype})})
-    with open_world(engines, info, layout, device=device) as (world, build_engine):
+    with open_world(engines, info, layout, device=device) as (world, build_engine), ExitStack() as kept_open:
         engine = build_engine(build_model(config, vocab_size=data.train.vocab_size))
         reporter = Reporter(is_main=False, total_steps=config.run.steps)
-        job = Job(config, layout, data, world, engine, build_memory(config, world), reporter)
+        saver = kept_open.enter_context(_open_saver(config, world, reporter))
+        job = Job(config, layout, data, world, engine, build_memory(config, world), reporter, saver)
         if latest(job.folder.checkpoints, mesh=world) is not None:
             for fragment in engine.fragments():
                 for held in fragment.tensors.values():

@@ -16,6 +16,7 @@ from parallel.config import ProcessInfo
 from parallel.predict import Hardware
 from train.config import Config
 from train.config_errors import fields
+from train.dry_run import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = str(ROOT / "launcher" / "main.py")
@@ -288,3 +289,4 @@ def test_the_help_names_the_rates_that_a_prediction_takes():
     defaults = {flag: default for flag, *_, default in PLAN_FLAGS}
     for flag in ("nvlink_gb", "network_gb", "tflops"):
         assert float(defaults["--" + flag.replace("_", "-")]) == getattr(Hardware(), flag)
+    assert float(defaults["--disk-gb"]) == Plan().disk_gb

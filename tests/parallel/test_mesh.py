@@ -1,8 +1,11 @@
 """The mesh: groups where megatron and DeepSpeed expect them, agreement, and errors that every rank hears of."""
 
+import random
 import threading
+import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.parallel.two_steps import open_world
@@ -85,8 +88,9 @@ def test_one_process_names_no_rank(pool):
 def open_often(node_size: int) -> tuple[int, int]:
     counts = []
     for _ in range(3):
-        with open_world(2, node_size=node_size) as mesh:
+        with open_world(2, node_size=node_size) as mesh, mesh.beside(timeout_s=60) as other:
             mesh.barrier()
+            other.barrier()
         counts.append(threading.active_count() + len(dist.distributed_c10d._world.pg_map))
     return counts[0], counts[-1]
 
@@ -95,3 +99,53 @@ def open_often(node_size: int) -> tuple[int, int]:
 def test_a_closed_mesh_leaves_no_group_behind(pool, node_size):
     for first, last in pool(2).run(open_often, node_size):
         assert first == last
+
+
+def two_threads(rounds: int) -> tuple[list[float], list[object], int]:
+    """The main thread sums while another gathers, each at its own pace; what both got, and the bytes that the run's ledger counted."""
+    draw = random.Random(dist.get_rank())
+    gathered: list[object] = []
+    with open_world(1) as mesh, mesh.beside(timeout_s=60) as other:
+
+        def gather() -> None:
+            for number in range(rounds):
+                time.sleep(draw.uniform(0.0, 0.004))
+                gathered.append(other.all_gather_object([number, other.rank]))
+
+        thread = threading.Thread(target=gather)
+        mesh.ledger.take()
+        thread.start()
+        sums = []
+        for number in range(rounds):
+            sums.append(mesh.sum(torch.tensor([float(number + mesh.rank)])).item())
+            time.sleep(draw.uniform(0.0, 0.004))
+        thread.join()
+        counted = sum(sent.near for sent in mesh.ledger.take().sent.values())
+    return sums, gathered, counted
+
+
+def test_the_collectives_of_a_thread_beside_do_not_mix_with_the_runs(pool):
+    rounds = 50
+    for sums, gathered, counted in pool(2).run(two_threads, rounds):
+        assert sums == [2.0 * number + 1 for number in range(rounds)]
+        assert gathered == [[[number, 0], [number, 1]] for number in range(rounds)]
+        assert counted == rounds * 4  # an all-reduce of 4 bytes on two ranks sends 4; nothing of the thread's
+
+
+def wait_in_vain() -> tuple[float, str]:
+    with open_world(1) as mesh, mesh.beside(timeout_s=1) as other:
+        began = time.monotonic()
+        try:
+            if other.rank == 0:
+                other.barrier()
+        except RuntimeError as error:
+            return time.monotonic() - began, str(error)
+        finally:
+            time.sleep(0 if other.rank == 0 else 3)  # there, but not in the collective
+        return 0.0, ""
+
+
+def test_a_collective_beside_gives_up_after_its_own_limit(pool):
+    seconds, sentence = pool(2).run(wait_in_vain)[0]
+    assert 0.5 < seconds < 3
+    assert sentence

@@ -37,6 +37,8 @@ def saved(*overrides: str) -> dict[str, Any]:
         "run.steps=401",
         "checkpoint.keep=9",
         "checkpoint.every_steps=9",
+        "checkpoint.asynchronous=false",
+        "checkpoint.on_failure=stop",
         "eval.every_steps=9",
         "model.recompute=true",
         "model.expert_backend=loop",

@@ -59,6 +59,7 @@ def test_tokens_per_second_are_those_of_the_steps_without_evaluations_and_saves(
         engine=cast(Any, SimpleNamespace(model=torch.nn.Module())),
         memory=None,
         reporter=run.Reporter(is_main=False, total_steps=6),
+        saver=cast(Any, SimpleNamespace(look=lambda: None, take_record=dict, finish=lambda: None)),
     )
     run.train(job, run.Progress(step=0, position=0), cast(Any, iter(())))
 

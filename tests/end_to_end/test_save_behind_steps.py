@@ -1,0 +1,81 @@
+"""Saves behind the steps on two real ranks: a kill, a death, a disk that hangs or is full in the middle of a write."""
+
+import sys
+import time
+from pathlib import Path
+
+from tests.end_to_end.conftest import ConfigFile, Processes, free_port, records
+from tests.end_to_end.test_kill_and_resume import DEADLINE_S, assert_equal_runs, run_to_the_end
+
+SLOW_DISK = Path(__file__).with_name("slow_disk_main.py")
+
+
+def start(processes: Processes, arguments: list[str], fault: str, *, step: int, rank: int = 1) -> None:
+    """Two ranks; the fault strikes when `rank` writes the checkpoint of `step`."""
+    port = free_port()
+    for number in range(2):
+        processes.start(
+            [sys.executable, str(SLOW_DISK), fault, str(step), str(rank), *arguments],
+            RANK=str(number),
+            LOCAL_RANK=str(number),
+            WORLD_SIZE="2",
+            LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+
+
+def checkpoints(config: ConfigFile) -> list[str]:
+    return sorted(path.name for path in (config.folder / "checkpoints").iterdir())
+
+
+def test_a_kill_during_a_write_leaves_the_checkpoint_before_and_the_resume_is_exact(
+    config: ConfigFile, processes: Processes
+):
+    whole = config.folder.parent / "uninterrupted"
+    run_to_the_end(processes, config.arguments(f"run.dir={whole}", "checkpoint.asynchronous=false"))
+
+    start(processes, config.arguments(), "hang", step=8)
+    deadline = time.monotonic() + DEADLINE_S
+    while max(records(config.folder), default=0) < 11:  # three steps behind which the write of step 8 goes on
+        assert time.monotonic() < deadline, processes.log(0)
+        time.sleep(0.01)
+    processes.kill()
+    assert checkpoints(config) == ["latest", "step_000004", "step_000008.partial"]
+
+    run_to_the_end(processes, config.arguments())
+    assert "step_000004: step 4, data position 32" in processes.log(0)
+    assert checkpoints(config) == ["latest", "step_000008", "step_000012"]
+    assert_equal_runs(config.folder, whole)
+
+
+def test_a_disk_that_is_full_on_one_rank_is_told_with_the_rank_and_the_run_goes_on(
+    config: ConfigFile, processes: Processes
+):
+    start(processes, config.arguments("checkpoint.every_steps=3"), "full", step=6)
+    processes.wait()
+    said = " ".join(processes.log(0).split())
+    assert "the checkpoint of step 6 was not written:" in said
+    assert "No space left on device" in said
+    assert "(rank 1 of 2); failure 1 in a row" in said
+    assert "was not written" not in processes.log(1)
+    failed = [step for step, record in records(config.folder).items() if "failure" in record.get("checkpoint", {})]
+    assert len(failed) == 1
+    assert 7 <= failed[0] <= 10
+    assert checkpoints(config) == ["latest", "step_000009", "step_000012"]
+
+
+def test_a_disk_that_hangs_ends_the_run_in_limited_time_with_a_sentence(config: ConfigFile, processes: Processes):
+    start(processes, config.arguments("checkpoint.timeout_s=4"), "hang", step=8)
+    assert [process.wait(60) for process in processes.running] == [1, 1]
+    for rank in range(2):
+        said = processes.log(rank)
+        assert "the checkpoint of step 8 must be written in 4 s, but on rank" in said, said
+    assert [name for name in checkpoints(config) if ".partial" not in name] == ["latest", "step_000004"]
+
+
+def test_a_rank_that_dies_during_a_write_does_not_hang_the_other(config: ConfigFile, processes: Processes):
+    start(processes, config.arguments(), "die", step=8)
+    assert [process.wait(60) for process in processes.running] == [1, 9]
+    assert "rank 1" in processes.log(0)
+    assert not (config.folder / "checkpoints" / "step_000008").exists()
