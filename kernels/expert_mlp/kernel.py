@@ -6,7 +6,7 @@ Called by: kernels/expert_mlp/op.py and forms.py.
 
 A tile of BLOCK_M copies never spans two groups. Forward: a program reads the rows of its tile through the route index, holds the
 hidden activations (BLOCK_M, F) on chip and multiplies them by blocks of W2; it writes one result per copy. kernels/sum_copies sums
-those of each output row in ascending order. Backward: a program makes the hidden activations again, their gradient and with it the
+those of each output row in a fixed order. Backward: a program makes the hidden activations again, their gradient and with it the
 gate's, and multiplies it by blocks of W1: one result per copy, summed per row likewise. Nothing is added atomically. Where F is too
 wide to be held (or fp32, whose products need the registers), the hidden activations pass through memory and `_project_kernel` does the
 second product.
