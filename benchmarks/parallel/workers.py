@@ -116,23 +116,24 @@ def _plain(routing: Routing) -> Choices:
 
 
 def _timed(steps: dict[str, Step], mesh: Mesh, *, repetitions: int) -> Timed:
-    traffic = {name: Traffic() for name in steps}
+    noted: dict[str, list[Traffic]] = {name: [] for name in steps}
 
     def noting(name: str) -> Callable[[], float]:
         def step() -> float:
             mesh.ledger.take()
             seconds = steps[name]()
-            traffic[name] = traffic[name] + mesh.ledger.take()
+            noted[name].append(mesh.ledger.take())
             return seconds
 
         return step
 
     seconds = in_turn({name: noting(name) for name in steps}, repetitions=repetitions)
-    calls = {name: len(seconds[name]) + WARM_UP for name in steps}
+    # without the warm-up, whose waits for the other ranks are longer than a step
+    traffic = {name: sum(of_steps[WARM_UP:], Traffic()) for name, of_steps in noted.items()}
     return Timed(
         seconds,
-        {name: _bytes(traffic[name]) // calls[name] for name in steps},
-        {name: sum(traffic[name].seconds.values()) / calls[name] for name in steps},
+        {name: _bytes(traffic[name]) // repetitions for name in steps},
+        {name: sum(traffic[name].seconds.values()) / repetitions for name in steps},
     )
 
 
