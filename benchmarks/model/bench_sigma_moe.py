@@ -1,10 +1,10 @@
 """A whole sigma-MoE layer on a CPU beside a dense MLP of the same active FLOPs: forward and backward, 4,096 tokens, 2 threads.
 
 Owns: the three shapes, their bars (time of the layer / time of the dense MLP) and the check that comes first. The two layers take steps in
-turn, so that whatever else the machine does falls on both. Called by: anyone, from the root of the clone, with the malloc settings of the
-Makefile: `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 MALLOC_TOP_PAD_=67108864 python -m benchmarks.model.bench_sigma_moe`. (Without
-them the temporaries' pages come from the system in every pass, which falls on the layer alone.) It exits with 1 if a bar is missed, and
-prints nothing on stdout if the layer is wrong.
+turn, so that whatever else the machine does falls on both. Called by: anyone, from the root of the clone, `python -m
+benchmarks.model.bench_sigma_moe` with the malloc settings of the Makefile in the environment: MALLOC_MMAP_MAX_=0,
+MALLOC_TRIM_THRESHOLD_=1000000000000, MALLOC_TOP_PAD_=67108864. (Without them the pages of temporaries come from the system in every pass,
+which falls on the layer alone.) It exits with 1 if a bar is missed, and prints nothing on stdout if the layer is wrong.
 """
 
 import statistics
