@@ -112,12 +112,14 @@ class LocalPlan:
     def with_gates(self, gates_C: Tensor) -> "LocalPlan":
         """The plan with the gates of its copies; gates_C (C,) in the order in which the copies came. Differentiable."""
         assert self.sorting is not None
-        return replace(self, gates_C=_permuted(gates_C, self.sorting.routes.order_C, self.sorting.routes.inverse_C))
+        return replace(
+            self, gates_C=_Permuted.apply(gates_C, self.sorting.routes.order_C, self.sorting.routes.inverse_C)
+        )
 
     def as_they_came(self, found_C: Tensor) -> Tensor:
         """What was found for the copies of the plan, in the order in which they came. Differentiable."""
         assert self.sorting is not None
-        return _permuted(found_C, self.sorting.routes.inverse_C, self.sorting.routes.order_C)
+        return _Permuted.apply(found_C, self.sorting.routes.inverse_C, self.sorting.routes.order_C)
 
     def output_copies(self) -> RowCopies | None:
         """The copies of each output row, for kernels that sum them: no sort, because copies came in the order of their output rows."""
@@ -130,10 +132,6 @@ class LocalPlan:
     def _copies_of(self, ascending_C: Tensor, num_rows: int) -> RowCopies:
         assert self.sorting is not None
         return RowCopies(self.sorting.routes.inverse_C, group_ends(ascending_C, num_rows))
-
-
-def _permuted(values_C: Tensor, order_C: Tensor, inverse_C: Tensor) -> Tensor:
-    return _Permuted.apply(values_C, order_C, inverse_C)
 
 
 class _Permuted(torch.autograd.Function):

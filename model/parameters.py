@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 Initializer = Callable[[tuple[int, ...], torch.Generator], Tensor]
+BankWeights = dict[str, tuple[tuple[int, ...], Initializer]]  # by name: the shape of one group's, and how it is drawn
 Box = tuple[tuple[int, int], ...]  # [first, end) of each dimension of a logical tensor
 
 
@@ -83,20 +84,12 @@ class DeclaringModule(nn.Module):
 class ExpertBank(DeclaringModule):
     """The stacked weights of G expert groups, of which this process holds `num_local` beginning with global group `first_group`.
 
-    Declared whole: `weight_name -> (shape of one group, initializer)`. On one process num_local = G. `shard` narrows the bank to one
-    rank of an expert group: L = ceil(G / size) groups on every rank, the padding at the end of the global order, so that all ranks
-    hold tensors of one shape; a rank may hold nothing but padding. Padding is zero, cannot be selected and is never saved.
-    `backend` says how the experts of the bank are computed (model/expert_choice.py).
+    Declared whole; on one process num_local = G. `shard` narrows the bank to one rank of an expert group: L = ceil(G / size) groups on
+    every rank, the padding at the end of the global order, so that all ranks hold tensors of one shape; a rank may hold nothing but
+    padding. Padding is zero, cannot be selected and is never saved. backend: how the experts are computed (model/expert_choice.py).
     """
 
-    def __init__(
-        self,
-        num_groups: int,
-        weights: dict[str, tuple[tuple[int, ...], Initializer]],
-        *,
-        backend: str = "reference",
-        decays: bool = True,
-    ) -> None:
+    def __init__(self, num_groups: int, weights: BankWeights, *, backend: str = "reference", decays: bool = True):
         super().__init__()
         self.backend = backend
         self.num_groups, self.num_ranks = num_groups, 1
@@ -128,7 +121,7 @@ class Table(ExpertBank):
 
     rows_per_block = 1024
 
-    def __init__(self, num_rows: int, weights: dict[str, tuple[tuple[int, ...], Initializer]]) -> None:
+    def __init__(self, num_rows: int, weights: BankWeights) -> None:
         super().__init__(num_rows, weights, decays=False)
 
     def shard(self, *, rank: int, size: int, columns: int = 1) -> None:

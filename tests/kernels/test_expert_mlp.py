@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.expert_mlp import expert_mlp
 from model.dispatch import LocalPlan
 from model.experts import gated_mlp
+from tests.kernels.compare import assert_same
 
 Run = Callable[..., Any]
 NAMES = ("output", "rows", "up", "down", "gates")
@@ -113,19 +114,6 @@ def by_experts(inputs: dict[str, Any]) -> dict[str, Tensor]:
         return gated_mlp(rows, up, down, LocalPlan(gates_C=gates, **plan), backend="loop", factors_CF=factors_CF)
 
     return with_gradients(inputs, function)
-
-
-def assert_same(actual: dict[str, Tensor], wanted: dict[str, Tensor], *, tolerance: float = 2e-6) -> None:
-    """Within `tolerance` of the largest element; 2e-6: 20 roundings of fp32."""
-    for name in NAMES:
-        scale = wanted[name].abs().max().item() if wanted[name].numel() else 1.0
-        torch.testing.assert_close(
-            actual[name].double(),
-            wanted[name].double(),
-            rtol=0.0,
-            atol=tolerance * max(scale, 1.0),
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
 
 
 @pytest.mark.parametrize("keep_hidden", [False, True], ids=["again", "kept"])

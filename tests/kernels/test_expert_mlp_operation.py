@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kernels.expert_mlp import expert_mlp, traffic
 from kernels.expert_mlp.traffic import Shape
-from tests.kernels.test_expert_mlp import NAMES, Case, assert_same, by_kernel, by_reference, make_inputs
+from tests.kernels.compare import assert_same
+from tests.kernels.test_expert_mlp import NAMES, Case, by_kernel, by_reference, make_inputs
 
 Run = Callable[..., Any]
 INPUTS = ("rows", "up", "down", "gates")

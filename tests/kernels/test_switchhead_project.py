@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.grouped_matmul import grouped_matmul
 from kernels.sort_routes import sort_routes
 from kernels.switchhead_project import project_outputs, project_values
+from tests.kernels.compare import assert_same
 
 Run = Callable[..., Any]
 Inputs = dict[str, Tensor]
@@ -119,19 +120,6 @@ def loop(inputs: Inputs, part: str) -> dict[str, Tensor]:
 
     wide = {name: tensor.double() for name, tensor in inputs.items() if name != "experts"}
     return with_gradients(inputs | wide, function)
-
-
-def assert_same(actual: dict[str, Tensor], wanted: dict[str, Tensor], *, tolerance: float = 2e-6) -> None:
-    """Within `tolerance` of the largest element; 2e-6: 20 roundings of fp32."""
-    for name in NAMES:
-        scale = wanted[name].abs().max().item() if wanted[name].numel() else 1.0
-        torch.testing.assert_close(
-            actual[name].double(),
-            wanted[name].double(),
-            rtol=0.0,
-            atol=tolerance * max(scale, 1.0),
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
 
 
 @PARTS

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.switchhead_project import traffic
 from kernels.switchhead_project.traffic import Shape
+from tests.kernels.compare import assert_same
 from tests.kernels.test_switchhead_project import (
     FUNCTIONS,
     LEAVES,
@@ -16,7 +17,6 @@ from tests.kernels.test_switchhead_project import (
     PARTS,
     Case,
     Inputs,
-    assert_same,
     by_backend,
     loop,
     make_inputs,

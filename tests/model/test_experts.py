@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels.switchhead_project import project_outputs, project_values
 from model.context import hash_with, keep_channels, token_hashes
-from model.dispatch import LocalPlan
-from model.experts import gate_then_project, gated_mlp, hidden_factors, project_then_gate
+from model.dispatch import LocalArriving, LocalExchange, LocalPlan, Routing
+from model.experts import DENSE, gate_then_project, gated_mlp, hidden_factors, project_then_gate
+from model.parameters import ExpertBank
 from tests.model.build import context, normal
 
 GROUP_SIZES = [3, 0, 4]
@@ -133,3 +136,32 @@ def test_an_owner_that_receives_nothing_has_no_factors():
     nothing = replace(plan(torch.ones(0), num_copies=0), hashes_C=torch.zeros(0, dtype=torch.int64))
     found = hidden_factors(nothing, channels=6, probability=0.5)
     assert found.shape == (0, 6)
+
+
+@pytest.mark.parametrize(("name", "widths"), [("project_then_gate", (6, 4)), ("gate_then_project", (4, 6))])
+def test_all_experts_of_a_head_give_what_the_chosen_ones_give_also_from_a_padded_bank(monkeypatch, name, widths):
+    """7 tokens, 2 heads of 3 experts; the bank of 6 groups has come with 2 of padding, which nobody may read."""
+    for kernel in (project_values, project_outputs):
+        by_torch = partial(kernel, backend="torch")
+        monkeypatch.setattr(
+            f"model.experts.{kernel.__name__}",
+            lambda *tensors, backend, by_torch=by_torch, **options: by_torch(*tensors, **options),
+        )
+    tokens, pairs = torch.arange(14) // 2, torch.arange(14)
+    to_heads = name == "project_then_gate"
+    (rows, num_rows), (outputs, num_outputs) = ((tokens, 7), (pairs, 14)) if to_heads else ((pairs, 14), (tokens, 7))
+    ids_NK = torch.rand(14, 3).topk(2).indices + 3 * (pairs % 2)[:, None]
+    routing = Routing(torch.rand(14, 2), ids_NK, rows, outputs, num_rows, num_outputs, ExpertBank(6, {}))
+    weight_GXY = torch.cat([torch.randn(6, *widths), torch.full((2, *widths), torch.nan)])
+    arriving = LocalArriving(LocalExchange.of(routing, num_groups=8), torch.randn(num_rows, widths[0]))
+    chosen, of_all = (
+        arriving.combine(lambda x, plan, how=how: FUNCTIONS[name](x, weight_GXY, plan, **how), None)
+        for how in ({"backend": "loop"}, {"backend": DENSE, "num_heads": 2})
+    )
+    assert chosen.any()
+    torch.testing.assert_close(of_all, chosen, rtol=1e-5, atol=1e-5)
+
+
+def test_all_experts_of_a_head_are_refused_where_some_copies_are_elsewhere():
+    with pytest.raises(ValueError, match=r"parallel\.exchange to weights"):
+        project_then_gate(torch.randn(4, 6), torch.randn(3, 6, 4), plan(torch.ones(7)), backend=DENSE)
