@@ -26,6 +26,7 @@ from parallel.config import (
 from train.config_errors import sections, validate
 from train.config_file import Tree, read_tree, yaml_text
 from train.match import solve_match
+from train.watch_config import WatchConfig
 
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0.0)]
@@ -136,6 +137,7 @@ class Config(Section):
     optim: OptimConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    watch: WatchConfig = WatchConfig()
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
@@ -258,6 +260,7 @@ _MAY_CHANGE = (
     "checkpoint.every_steps",
     "checkpoint.keep",
     "eval.every_steps",
+    "watch.",  # what is done at a bad step; good steps stay as they are
 )
 
 

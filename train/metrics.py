@@ -6,6 +6,7 @@ Owns the names of the metrics. A record is one JSON object for each logged step.
 import itertools
 import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ class MetricsWriter:
 
     def _write(self, record: dict[str, Any]) -> None:
         with explained(self._folder.metrics):
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(_finite(record)) + "\n")
             self._file.flush()
         with explained(self._folder.tensorboard):
             for name, value in _flat(record):
@@ -106,6 +107,13 @@ class MetricsWriter:
             self._file.close()
         with explained(self._folder.tensorboard):
             self._tensorboard.close()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a skipped step's loss is null."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep_aside(path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,19 @@ from train.build import (
     set_up_torch,
 )
 from train.config import Config, Layout, check_resume, check_world
+from train.crash import CrashFile, set_aside
 from train.engine import Engine, World
 from train.evaluate import evaluate
+from train.incident import tell_of
 from train.metrics import MetricsWriter, Reporter, evaluation_record, router_record, step_record
 from train.optimizer import learning_rate
+from train.progress import Progress, no_way_back
 from train.run_folder import RunFolder, find_changes, write_folder
 from train.run_lock import hold_together
 from train.step import StepResult, StepSettings, total_reports, train_step
+from train.stragglers import Spent, Stragglers
 from train.together import on_every_rank, on_rank_zero, read_together
+from train.watch import WatchState, after
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Job:
     engine: Engine
     memory: StreamMemory | None
     reporter: Reporter
+    crash: CrashFile
 
     @property
     def folder(self) -> RunFolder:
@@ -62,15 +69,8 @@ class Job:
             self.config.optim.accumulation_steps,
             self.config.run.seed,
             mask_documents=self.config.mask_documents,
+            watch=self.config.watch,
         )
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Updates done and rows consumed; both 0 at the start of a new run."""
-
-    step: int
-    position: int
 
 
 def run(config: Config, info: ProcessInfo) -> None:
@@ -84,13 +84,15 @@ def run(config: Config, info: ProcessInfo) -> None:
     data = open_data(config)
     changes = find_changes(config)
     device = set_up_torch(config, info)
-    with open_world(config, info, layout, device=device) as (world, build_engine):
+    folder = RunFolder(Path(config.run.dir))
+    crash = CrashFile(folder, info)
+    with open_world(config, info, layout, device=device, crash=crash) as (world, build_engine):
         model = build_model(config, vocab_size=data.train.vocab_size)
         backends, kernel_notes = choose_kernels(config, layout, world)
         backends.apply(model)
         engine = build_engine(model)
         with (
-            hold_together(world, Path(config.run.dir)),
+            hold_together(world, folder.path),
             Reporter(is_main=world.rank == 0, total_steps=config.run.steps) as reporter,
         ):
             reporter.say(
@@ -102,11 +104,12 @@ def run(config: Config, info: ProcessInfo) -> None:
                 reporter.say(note)
             for change in changes:
                 reporter.say(f"changed since the run began: {change}")
-            job = Job(config, layout, data, world, engine, build_memory(config, world), reporter)
+            job = Job(config, layout, data, world, engine, build_memory(config, world), reporter, crash)
             start = restore(job)
             batches = _train_batches(job, start.position)
             world.barrier()  # every rank has read the run folder, and nothing was refused, before rank 0 writes into it
-            on_rank_zero(world, lambda: (write_folder(config), backends.write(RunFolder(Path(config.run.dir)))))
+            on_rank_zero(world, lambda: (write_folder(config), backends.write(folder), set_aside(folder)))
+            crash.begin()
             train(job, start, batches)
 
 
@@ -122,13 +125,29 @@ def restore(job: Job) -> Progress:
         for sentence in begin_from(job.config, job.engine, job.world, job.data.train):
             job.reporter.say(sentence)
         return Progress(step=0, position=0)
+    return _restore_from(job, newest)
+
+
+def _restore_from(job: Job, newest: Path) -> Progress:
     on_every_rank(job.world, lambda: _check_same_run(job, newest))
     # `latest` has just compared the checksums
     saved = checkpoint.load(newest, fragments=job.engine.fragments(), mesh=job.world, verify=False)
-    job.engine.restored(step=saved.step)
+    found = Progress(saved.step, saved.position, WatchState.of(saved.extra.get("watch")))
+    job.engine.restored(step=found.updates)
     on_every_rank(job.world, lambda: _restore_states(job, newest))
     job.reporter.say(f"resumed from {newest}: step {saved.step}, data position {saved.position}")
-    return Progress(step=saved.step, position=saved.position)
+    return found
+
+
+def roll_back(job: Job, done: Progress) -> Progress:
+    """Everything but the position as the newest whole checkpoint has it; the rows of the step after `done` are stepped over."""
+    newest = checkpoint.latest(job.folder.checkpoints, mesh=job.world)
+    if newest is None:
+        raise RuntimeError(no_way_back(done.step + 1, job.folder.checkpoints))
+    saved = _restore_from(job, newest)
+    back = done.back(saved, rows=job.config.data.global_batch_size)
+    job.reporter.say(f"back to step {back.step}; rows {saved.position} to {back.position - 1} are stepped over")
+    return back
 
 
 def _restore_states(job: Job, newest: Path) -> None:
@@ -159,24 +178,37 @@ def train(job: Job, start: Progress, batches: Iterator[Batch]) -> None:
     if start.step >= last:
         job.reporter.say(f"nothing to do: step {start.step} of {last} is done (raise run.steps to go on)")
         return
-    writer = MetricsWriter(job.folder, job.world, restored_step=start.step)
+    writer, stragglers = MetricsWriter(job.folder, job.world, restored_step=start.step), Stragglers(job.world)
     job.reporter.start(start.step)
-    rows, seconds = 0, 0.0  # of the steps since the last record, without its evaluation and the checkpoints in between
-    for step in range(start.step, last):
-        lr = learning_rate(step, config.optim, num_steps=last)
-        began = time.perf_counter()
-        result = train_step(job.engine, batches, job.world, job.settings, step=step, lr=lr, memory=job.memory)
-        seconds += time.perf_counter() - began
-        rows += config.data.global_batch_size
-        done = Progress(step + 1, start.position + (step + 1 - start.step) * config.data.global_batch_size)
+    engine, world, rows = job.engine, job.world, config.data.global_batch_size
+    done, spent = start, Spent(world)
+    while done.step < last:
+        job.crash.at(step=done.step, position=done.position)
+        lr = learning_rate(done.step, config.optim, num_steps=last)
+        tell = partial(tell_of, world, job.folder, done, rows=rows, say=job.reporter.say)
+        spent.begin(time.perf_counter())
+        result = train_step(
+            engine, batches, world, job.settings, step=done.step, lr=lr, memory=job.memory, past=done.watch, tell=tell
+        )
+        spent.end(time.perf_counter())
+        if result.goes_back:
+            done, spent = roll_back(job, done), Spent(world)
+            batches = _train_batches(job, done.position)
+            writer.close()
+            writer = MetricsWriter(job.folder, world, restored_step=done.step)
+            job.reporter.start(done.step)
+            continue
+        done = done.forward(rows=rows, watch=after(config.watch, done.watch, result.figures, result.finding))
         job.reporter.step(done.step)
 
         evaluates = done.step == last or done.step % config.eval.every_steps == 0
         if evaluates or done.step % config.run.log_every_steps == 0:
-            record = _measure(job, result, done, lr=lr, rows_per_second=rows / seconds, evaluates=evaluates)
+            speed = rows * spent.steps / spent.seconds
+            record = _measure(job, result, done, lr=lr, rows_per_second=speed, evaluates=evaluates)
+            record |= stragglers.record(spent, say=job.reporter.say)
             writer.write(record)
             job.reporter.record(record)
-            rows, seconds = 0, 0.0
+            spent = Spent(world)
 
         if done.step == last or done.step % config.checkpoint.every_steps == 0:
             save(job, done)
@@ -193,6 +225,7 @@ def save(job: Job, at: Progress) -> None:
         extra={
             "tokenizer_id": job.data.train.tokenizer_id,
             "data_fingerprint": job.data.train.fingerprint,
+            "watch": at.watch.saved(),
             "layout": {"processes": job.world.world_size, "ep_size": job.layout.ep_size},
         },
     )
@@ -218,7 +251,8 @@ def _measure(
         tokens=done.position * job.config.data.sequence_length,
         tokens_per_second=rows_per_second * job.config.data.sequence_length,
     )
-    reports = total_reports(result.reports, job.world)
+    record |= done.watch.counts()
+    reports = {} if result.is_skipped else total_reports(result.reports, job.world)  # of a bad step they may be NaN
     record["routers"] = router_record(reports)
     if exchange := job.world.exchange():
         record["exchange"] = exchange

@@ -8,10 +8,13 @@ from typing import Any, cast
 import pytest
 import torch
 
+from tests.train.tiny_job import ALONE
 from train import run
 from train.config import load_config
+from train.crash import CrashFile
 from train.engine import LocalMesh
 from train.evaluate import Evaluation
+from train.run_folder import RunFolder
 from train.step import StepResult
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny_cpu.yaml"
@@ -59,6 +62,7 @@ def test_tokens_per_second_are_those_of_the_steps_without_evaluations_and_saves(
         engine=cast(Any, SimpleNamespace(model=torch.nn.Module())),
         memory=None,
         reporter=run.Reporter(is_main=False, total_steps=6),
+        crash=CrashFile(RunFolder(tmp_path), ALONE),
     )
     run.train(job, run.Progress(step=0, position=0), iter(()))
 
