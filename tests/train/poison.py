@@ -25,12 +25,14 @@ NAN = float("nan")
 @dataclass(frozen=True)
 class Change:
     """What is different in a run. poison: data position -> factor of its row's logits. without: steps (0 is the first) whose rows are
-    read and not learned from. start: the data position that a resumed run goes on from.
+    read and not learned from. start: the data position that a resumed run goes on from. unreadable: the data position of a row that
+    cannot be read.
     """
 
     poison: dict[int, float] | None = None
     without: tuple[int, ...] = ()
     start: int | None = None
+    unreadable: int | None = None
 
 
 def run_with(config: Config, change: Change, processes: int = 1) -> str:
@@ -56,7 +58,7 @@ def run_with(config: Config, change: Change, processes: int = 1) -> str:
 
 
 def _patches(change: Change) -> Iterator[tuple[Any, str, Any]]:
-    forward, train_step, restore = step.forward, run.train_step, run.restore
+    forward, train_step, restore, batches_of = step.forward, run.train_step, run.restore, run.train_batches
 
     def poisoned(engine: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         output = forward(engine, batch, *args, **kwargs)
@@ -76,7 +78,14 @@ def _patches(change: Change) -> Iterator[tuple[Any, str, Any]]:
         found = restore(job)
         return found if change.start is None else replace(found, position=change.start)
 
+    def read(*args: Any, **kwargs: Any) -> Any:
+        for batch in batches_of(*args, **kwargs):
+            if change.unreadable in batch.positions_B.tolist():
+                raise RuntimeError("shard 7 is damaged")
+            yield batch
+
     yield step, "forward", poisoned
+    yield run, "train_batches", read
     yield run, "train_step", unlearned
     yield run, "restore", moved
 
