@@ -133,7 +133,7 @@ class ZeroEngine:
         if self.stage == 0:
             scaled, norm = None, self._clip()
         else:
-            with self.mesh.ledger.waiting(Where("optimizer", "", "norm")):
+            with self.mesh.ledger.waiting(Where("optimizer", "", "step")):  # its collectives are counted as norm in it
                 scaled = self._deepspeed.optimizer.scaled_global_norm()  # the loss scale is 1
                 norm = float(scaled)
         update = accept(norm)

@@ -95,12 +95,14 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(self._folder.tensorboard), purge_step=restored_step + 1)
 
     def _write(self, record: dict[str, Any]) -> None:
+        record = _finite(record)
         with explained(self._folder.metrics):
-            self._file.write(json.dumps(_finite(record)) + "\n")
+            self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         with explained(self._folder.tensorboard):
             for name, value in _flat(record):
-                self._tensorboard.add_scalar(name, value, record["step"])
+                if value is not None:
+                    self._tensorboard.add_scalar(name, value, record["step"])
 
     def _close(self) -> None:
         with explained(self._folder.metrics):
@@ -138,7 +140,7 @@ def _drop_later(path: Path, last_step: int) -> None:
     replace_file(path, "".join(f"{line}\n" for line in kept))
 
 
-def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
     for name, value in record.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}/")
