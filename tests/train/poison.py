@@ -26,13 +26,14 @@ NAN = float("nan")
 class Change:
     """What is different in a run. poison: data position -> factor of its row's logits. without: steps (0 is the first) whose rows are
     read and not learned from. start: the data position that a resumed run goes on from. unreadable: the data position of a row that
-    cannot be read.
+    cannot be read. inside: the data position of a row with which every row of its rank and micro-step becomes NaN before the first layer.
     """
 
     poison: dict[int, float] | None = None
     without: tuple[int, ...] = ()
     start: int | None = None
     unreadable: int | None = None
+    inside: int | None = None
 
 
 def run_with(config: Config, change: Change, processes: int = 1) -> str:
@@ -61,6 +62,13 @@ def _patches(change: Change) -> Iterator[tuple[Any, str, Any]]:
     forward, train_step, restore, batches_of = step.forward, run.train_step, run.restore, run.train_batches
 
     def poisoned(engine: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if engine.model.training and change.inside in batch.positions_B.tolist():
+            hook = engine.model.layers[0].register_forward_pre_hook(
+                lambda layer, inputs: (inputs[0] * NAN, *inputs[1:])
+            )
+            output = forward(engine, batch, *args, **kwargs)
+            hook.remove()
+            return output
         output = forward(engine, batch, *args, **kwargs)
         factors = [(change.poison or {}).get(position, 1.0) for position in batch.positions_B.tolist()]
         if not engine.model.training or all(factor == 1.0 for factor in factors):

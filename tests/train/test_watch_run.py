@@ -37,8 +37,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def config_of(folder: Path, name: str, *, steps: int, stage: int = 0, **sections: dict[str, Any]) -> Config:
-    run = {"dir": str(folder / name / "run"), "steps": steps, "log_every_steps": 1}
+def config_of(
+    folder: Path, name: str, *, steps: int, stage: int = 0, dtype: str = "float32", **sections: dict[str, Any]
+) -> Config:
+    run = {"dir": str(folder / name / "run"), "steps": steps, "log_every_steps": 1, "dtype": dtype}
     return tiny_config(
         folder,
         run=run,
@@ -76,6 +78,19 @@ def test_a_skipped_step_leaves_everything_as_if_its_rows_had_not_been_learned(
     assert found[2]["loss"] is None
     assert found[3]["loss"] == expected[3]["loss"]
     assert found[3]["position"] == 16
+
+
+@pytest.mark.parametrize(("processes", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16")])
+def test_a_step_is_skipped_too_if_what_one_rank_computes_is_nan_from_the_first_layer_on(
+    folder: Path, pool, processes: int, dtype: str
+):
+    """The router, the exchange and the other rank's experts then meet it."""
+    stage = processes - 1
+    bad = config_of(folder, "bad", steps=4, stage=stage, dtype=dtype, watch=SKIP)
+    assert run_on(pool, processes, bad, Change(inside=4 * 2 + 3)) == ""
+    clean = config_of(folder, "clean", steps=4, stage=stage, dtype=dtype)
+    assert run_on(pool, processes, clean, Change(without=(2,))) == ""
+    assert_same_tensors(folder / "bad" / "run", folder / "clean" / "run", step=4)
 
 
 def test_a_resume_after_a_skipped_step_goes_on_bit_for_bit(folder: Path):
