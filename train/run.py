@@ -5,7 +5,7 @@ Owns that order and nothing else: each line hands over to the module that knows.
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -192,10 +192,7 @@ def train(job: Job, start: Progress, batches: Iterator[Batch]) -> None:
         )
         spent.end(time.perf_counter())
         if result.goes_back:
-            done, spent = roll_back(job, done), Spent(world)
-            if isinstance(batches, Generator):
-                batches.close()  # with its reader processes, which would read on
-            batches = _train_batches(job, done.position)
+            done, spent = roll_back(job, done), Spent(world)  # `batches` stands behind the bad step's rows already
             writer.close()
             writer = MetricsWriter(job.folder, world, restored_step=done.step)
             job.reporter.start(done.step)
