@@ -71,6 +71,7 @@ class Ledger:
     def __init__(self) -> None:
         self.sent: dict[Where, Sent] = {}
         self.seconds: dict[str, float] = {}
+        self.waited = 0.0  # host seconds in all, those of a wait inside another one once
         self.current: Where | None = None  # inside a collective or a wait: which
         self.last: Where | None = None  # the one that was begun last
         self.failed: Where | None = None  # the one that ended with an exception
@@ -96,7 +97,9 @@ class Ledger:
             self.failed = where
             raise
         finally:
-            self.seconds[where.verb] = self.seconds.get(where.verb, 0.0) + time.perf_counter() - began
+            seconds = time.perf_counter() - began
+            self.seconds[where.verb] = self.seconds.get(where.verb, 0.0) + seconds
+            self.waited += seconds if outer is None else 0.0
             self.progress += 1
             self.current = outer
 

@@ -73,6 +73,10 @@ class Mesh:
         """What was sent since `begin_step` belongs to the step."""
         self._steps.append(self.ledger.take())
 
+    def waited(self) -> float:
+        """Host seconds that this process has spent in collectives and in waits for them since the mesh was opened."""
+        return self.ledger.waited
+
     def exchange(self) -> dict[str, Any]:
         """What the steps since the last call sent and waited: see parallel/traffic.py. Every rank calls it."""
         traffic, num_steps = sum(self._steps, Traffic()), len(self._steps)

@@ -33,11 +33,13 @@ SHOWN = 8  # missing ranks that a sentence names one by one
 
 
 @contextlib.contextmanager
-def watch(mesh: Mesh, *, timeout_s: float, folder: Path) -> Iterator[None]:
+def watch(
+    mesh: Mesh, *, timeout_s: float, folder: Path, on_hang: Callable[[str], None] = lambda sentence: None
+) -> Iterator[None]:
     """Inside, this rank is watched, and an error of any rank is heard by all.
 
     Every rank enters it; one process has nobody to wait for. timeout_s: seconds in one collective after which it is a hang; folder:
-    where the stacks of the threads go, one file for each rank.
+    where the stacks of the threads go, one file for each rank. on_hang: called with the sentence before this process is ended.
 
     Raises:
         RuntimeError: a collective failed because another rank did or is gone: that rank's sentence, or that it is gone.
@@ -45,7 +47,7 @@ def watch(mesh: Mesh, *, timeout_s: float, folder: Path) -> Iterator[None]:
     if mesh.world_size == 1:
         yield
         return
-    watchdog = Watchdog(mesh, timeout_s=timeout_s, folder=folder)
+    watchdog = Watchdog(mesh, timeout_s=timeout_s, folder=folder, on_hang=on_hang)
     try:
         yield
     except Exception as error:
@@ -60,7 +62,8 @@ def watch(mesh: Mesh, *, timeout_s: float, folder: Path) -> Iterator[None]:
 class Watchdog:
     """The thread of one rank, and its end of the side channel."""
 
-    def __init__(self, mesh: Mesh, *, timeout_s: float, folder: Path) -> None:
+    def __init__(self, mesh: Mesh, *, timeout_s: float, folder: Path, on_hang: Callable[[str], None]) -> None:
+        self.on_hang = on_hang
         self.ledger, self.rank, self.world_size = mesh.ledger, mesh.rank, mesh.world_size
         self.timeout_s, self.folder = timeout_s, folder
         store = dist.distributed_c10d._get_default_store()
@@ -168,6 +171,7 @@ class Watchdog:
         """Says why, after a hang with the stacks of all threads on disk; ends the process when the others have done so."""
         stacks = ""
         if end.kind == "hang":
+            within(LEAVE_S, lambda: self.on_hang(end.sentence))
             path = self.folder / f"rank_{self.rank:05d}.txt"
             written = within(LEAVE_S, lambda: dump(path))
             stacks = f"; the stacks of this rank's threads are in {path}" if written else f"; {path} cannot be written"

@@ -4,6 +4,7 @@ What DeepSpeed does silently wrong for us, and what is done about it (tests in t
 - experts are found only through a module of its own MoE class: `mark_experts` adds one empty child of it;
 - `gradient_clipping` left out means 1.0: it is always written;
 - at stage 0 the norm that it clips by is wrong under expert parallelism: there we clip ourselves, and its clipping is 0.0;
+- at stages 1 and 2 it tells the norm only after the update: `step` asks for it before, and hands it the same one;
 - `round_robin_gradients` corrupts the map from weights to partitions: refused by being written as false, and the map is checked.
 """
 
@@ -12,6 +13,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -125,13 +127,47 @@ class ZeroEngine:
         if not last:
             self._deepspeed.step()  # between boundaries this only counts the micro-step
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, *, accept: Callable[[float], bool]) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = self._clip() if self.stage == 0 else None
-        with self.mesh.ledger.waiting(Where("optimizer", "", "step")):  # DeepSpeed reads norms in it
+        if self.stage == 0:
+            scaled, norm = None, self._clip()
+        else:
+            with self.mesh.ledger.waiting(Where("optimizer", "", "step")):  # its collectives are counted as norm in it
+                scaled = self._deepspeed.optimizer.scaled_global_norm()  # the loss scale is 1
+                norm = float(scaled)
+        update = accept(norm)
+        prepared = self._with_norm(scaled if update else None) if self.stage > 0 else self._stage_0(update=update)
+        with prepared, self.mesh.ledger.waiting(Where("optimizer", "", "step")):
             self._deepspeed.step()
-        return norm if norm is not None else float(self._deepspeed.get_global_grad_norm())
+        return norm
+
+    @contextlib.contextmanager
+    def _with_norm(self, scaled: Tensor | None) -> Iterator[None]:
+        """Stages 1 and 2: DeepSpeed's step clips by this norm instead of taking it again; None: it drops the gradients, as for an inf.
+
+        Without this its wrapper would count a collective more each step, and log a skipped step as an overflow.
+        """
+        wrapper = self._deepspeed.optimizer
+        given = torch.tensor(torch.inf, device=self.mesh.device) if scaled is None else scaled
+        wrapper.scaled_global_norm = lambda norm_type=2: given
+        wrapper._update_scale = lambda has_overflow=False: None
+        try:
+            yield
+        finally:
+            del wrapper.scaled_global_norm, wrapper._update_scale
+
+    @contextlib.contextmanager
+    def _stage_0(self, *, update: bool) -> Iterator[None]:
+        """Stage 0: DeepSpeed's step goes through its own counts and forgets the gradients, also where the optimizer must not act."""
+        optimizer: Any = self.optimizer
+        if not update:
+            optimizer.step = lambda *_, **__: None
+        try:
+            yield
+        finally:
+            if not update:
+                del optimizer.step
 
     def _clip(self) -> float:
         """Stage 0: the true global norm (experts summed over the expert group: 4 bytes of all-reduce), and clipping by it."""

@@ -1,7 +1,7 @@
 """How a run begins from another model's weights: `run.init_from`, and with `run.upcycle` from those of its dense twin.
 
 Owns what must fit and the filling of every rank's ranges. The step, the data position and the optimizer's state stay those of a new
-run. Does not own the arithmetic of upcycling (model/upcycle.py) nor the reading (train/source.py). Called by train/run.py, and only
+run. Does not own the arithmetic of upcycling (model/upcycle.py) nor the reading (train/source.py). Called by train/resume.py, and only
 where the run folder holds no checkpoint: from then on a run's own checkpoints count, and the folder is not looked at.
 """
 

@@ -22,6 +22,7 @@ from model.transformer import Transformer
 from parallel.config import ProcessInfo
 from train.backends import Backends, bank_works, by_layers, choose_backends, excluded, unmeasured_backend
 from train.config import Config, Layout
+from train.crash import CrashFile
 from train.engine import Engine, LocalMesh, PlainEngine, World
 from train.optimizer import build_optimizer, parameter_groups
 
@@ -145,9 +146,12 @@ def choose_exchanges(config: Config, layout: Layout, *, processes: int) -> "dict
 
 @contextlib.contextmanager
 def open_world(
-    config: Config, info: ProcessInfo, layout: Layout, *, device: torch.device
+    config: Config, info: ProcessInfo, layout: Layout, *, device: torch.device, crash: CrashFile
 ) -> Iterator[tuple[World, Callable[[Transformer], Engine]]]:
-    """Joins the processes; gives the world and what makes an engine of a model that is still on the meta device."""
+    """Joins the processes; gives the world and what makes an engine of a model that is still on the meta device.
+
+    crash: hears of the error that ends the job.
+    """
     settings = {
         "clip_grad_norm": config.optim.clip_grad_norm,
         "accumulation_steps": config.optim.accumulation_steps,
@@ -160,7 +164,8 @@ def open_world(
         return PlainEngine(model, build_optimizer(groups, config.optim), **settings)
 
     if info.world_size == 1 and config.parallel.zero_stage == 0:
-        yield LocalMesh(device), plain_engine
+        with crash.watched():
+            yield LocalMesh(device), plain_engine
         return
 
     from parallel.mesh import open_mesh
@@ -173,7 +178,8 @@ def open_world(
     place = {"ep_size": layout.ep_size, "node_size": layout.node_size, "timeout_s": max(600.0, 2 * watchdog_s)}
     with (
         open_mesh(info, device=device, **place) as mesh,
-        watch(mesh, timeout_s=watchdog_s, folder=Path(config.run.dir) / "hang"),
+        crash.watched(),
+        watch(mesh, timeout_s=watchdog_s, folder=Path(config.run.dir) / "hang", on_hang=crash.hang),
         contextlib.ExitStack() as engines,
     ):
 

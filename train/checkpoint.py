@@ -2,7 +2,7 @@
 
 Owns what all ranks do together: save, find the newest whole checkpoint, fill each rank's ranges. Does not own the format
 (train/manifest.py, docs/checkpoint_format.md), the tensor files (train/storage.py), the names and renames in the folder
-(train/checkpoint_folder.py), nor which ranges a rank holds: train/run.py, the caller, brings them as `Fragment`s.
+(train/checkpoint_folder.py), nor which ranges a rank holds: train/resume.py, the caller, brings them as `Fragment`s.
 
 `python -m train.checkpoint list|verify|prune|export` is train/checkpoint_tool.py.
 

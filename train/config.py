@@ -28,6 +28,7 @@ from train.config_errors import sections, validate
 from train.config_file import Tree, read_tree, yaml_text
 from train.differences import differences
 from train.match import solve_match
+from train.watch_config import WatchConfig
 
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0.0)]
@@ -131,6 +132,7 @@ class Config(Section):
     optim: OptimConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    watch: WatchConfig = WatchConfig()
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
@@ -249,6 +251,7 @@ _MAY_CHANGE = (
     "model.sigma_moe.keep_hidden",  # memory for time
     "checkpoint.",
     "eval.every_steps",
+    "watch.",  # what is done at a bad step; good steps stay as they are
 )
 
 

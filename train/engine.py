@@ -6,6 +6,7 @@ processes. Owns clipping and the update; does not own the loss (step.py) nor the
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,7 @@ class World(Protocol):
     def raise_together(self, error: Exception | None) -> None: ...
     def begin_step(self, step: int) -> None: ...
     def end_step(self) -> None: ...
+    def waited(self) -> float: ...
     def exchange(self) -> dict[str, Any]: ...
     def beside(self, *, timeout_s: float) -> contextlib.AbstractContextManager["World"]: ...
 
@@ -68,6 +70,9 @@ class LocalMesh:
     def end_step(self) -> None:
         pass
 
+    def waited(self) -> float:
+        return 0.0
+
     def exchange(self) -> dict[str, Any]:
         return {}
 
@@ -88,8 +93,12 @@ class Engine(Protocol):
         """Adds to the gradients those of `loss` / accumulation_steps, averaged over ranks; `last`: of the step's micro-steps."""
         ...
 
-    def step(self, lr: float) -> float:
-        """Clips, updates, forgets the gradients. Gives the global gradient norm before clipping, every expert counted once."""
+    def step(self, lr: float, *, accept: Callable[[float], bool]) -> float:
+        """Clips, updates, forgets the gradients. Gives the global gradient norm before clipping, every expert counted once.
+
+        accept: is given that norm before the update; where it says no, weights, moments and the count of updates stay as they are.
+        It must say the same on every rank, and may make collectives.
+        """
         ...
 
     def fragments(self) -> list[Fragment]:
@@ -101,7 +110,7 @@ class Engine(Protocol):
         ...
 
     def restored(self, *, step: int) -> None:
-        """To be called after `fragments` were filled from a checkpoint taken after `step` updates."""
+        """To be called after `fragments` were filled from a checkpoint taken after `step` updates (skipped steps made none)."""
         ...
 
 
@@ -131,14 +140,15 @@ class PlainEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         (loss / self.accumulation_steps).backward()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, *, accept: Callable[[float], bool]) -> float:
         max_norm = self.clip_grad_norm if self.clip_grad_norm > 0 else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
+        if accept(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        return norm
 
     def fragments(self) -> list[Fragment]:
         whole = [

@@ -1,6 +1,6 @@
 """The held-out loss: every target scored once, in the same rows at any layout (data/loader.py cuts them).
 
-Called by train/run.py during a run; `python -m train.evaluate --run DIR` scores what a run has saved, on one process.
+Called by train/measure.py during a run; `python -m train.evaluate --run DIR` scores what a run has saved, on one process.
 """
 
 import argparse

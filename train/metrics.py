@@ -6,6 +6,7 @@ Owns the names of the metrics. A record is one JSON object for each logged step.
 import itertools
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,18 +107,27 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(self._folder.tensorboard), purge_step=restored_step + 1)
 
     def _write(self, record: dict[str, Any]) -> None:
+        record = _finite(record)
         with explained(self._folder.metrics):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         with explained(self._folder.tensorboard):
             for name, value in _flat(record):
-                self._tensorboard.add_scalar(name, value, record["step"])
+                if value is not None:
+                    self._tensorboard.add_scalar(name, value, record["step"])
 
     def _close(self) -> None:
         with explained(self._folder.metrics):
             self._file.close()
         with explained(self._folder.tensorboard):
             self._tensorboard.close()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a skipped step's loss is null."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep_aside(path: Path) -> None:
@@ -142,7 +152,7 @@ def _drop_later(path: Path, last_step: int) -> None:
     replace_file(path, "".join(f"{line}\n" for line in kept))
 
 
-def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
     for name, value in record.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}/")

@@ -114,7 +114,7 @@ class Saver:
                 not ended in time.
         """
         began = time.monotonic()
-        self._settle()
+        self.settle()
         write = self._write = Write(state.step)
         try:
             fragments, tensors = list(fragments), dict(tensors)
@@ -127,7 +127,7 @@ class Saver:
             self._start(write, state, fragments, tensors)
         self._count("wait_seconds", time.monotonic() - began)
         if write.thread is None:
-            self._settle()
+            self.settle()
 
     def look(self) -> None:
         """After a step: if a write has ended on all ranks, all learn what came of it. An all-reduce of 4 bytes while there is one.
@@ -136,15 +136,41 @@ class Saver:
             RuntimeError: see `save`.
         """
         if self._write is not None and not self._world.agree(self._write.is_on):
-            self._settle()
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits for the write that is on, if one is; what came of it is then the same on all ranks. Before a checkpoint is read.
+
+        Raises:
+            RuntimeError: see `save`.
+        """
+        write = self._write
+        if write is None:
+            return
+        write.wait(write.began + self._settings.timeout_s - time.monotonic())
+        told = self._world.all_gather_object([write.is_on, write.failure])
+        late = [rank for rank, (is_on, _) in enumerate(told) if is_on]
+        if late:  # its copy cannot be overwritten and its mesh is in use: there cannot be another save
+            raise RuntimeError(
+                f"the checkpoint of step {write.step} must be written in {self._settings.timeout_s:g} s, but on rank {late[0]} of "
+                f"{len(told)} it is still not: check the disk of {self._folder}, or raise checkpoint.timeout_s; the checkpoints before "
+                "it are untouched"
+            )
+        self._write = None
+        self._record["write_seconds"] = write.seconds
+        failure = next((failure for _, failure in told if failure is not None), None)
+        self._failures = 0 if failure is None else self._failures + 1
+        self._record["failures"] = self._failures
+        if failure is not None:
+            self._failed(write.step, failure)
 
     def finish(self) -> None:
-        """At the end of the run, or before a checkpoint is read: waits for the write, if one is on.
+        """At the end of the run: waits for the write, if one is on.
 
         Raises:
             RuntimeError: on all ranks: the last save failed, whatever the config says: nothing comes after it that could repair it.
         """
-        self._settle()
+        self.settle()
         if self._failures:
             raise RuntimeError(self._failure)
 
@@ -203,28 +229,6 @@ class Saver:
             write.thread.start()
         else:
             write.run(work)
-
-    def _settle(self) -> None:
-        """Waits for the write that is on, if one is; what came of it is then the same on all ranks."""
-        write = self._write
-        if write is None:
-            return
-        write.wait(write.began + self._settings.timeout_s - time.monotonic())
-        told = self._world.all_gather_object([write.is_on, write.failure])
-        late = [rank for rank, (is_on, _) in enumerate(told) if is_on]
-        if late:  # its copy cannot be overwritten and its mesh is in use: there cannot be another save
-            raise RuntimeError(
-                f"the checkpoint of step {write.step} must be written in {self._settings.timeout_s:g} s, but on rank {late[0]} of "
-                f"{len(told)} it is still not: check the disk of {self._folder}, or raise checkpoint.timeout_s; the checkpoints before "
-                "it are untouched"
-            )
-        self._write = None
-        self._record["write_seconds"] = write.seconds
-        failure = next((failure for _, failure in told if failure is not None), None)
-        self._failures = 0 if failure is None else self._failures + 1
-        self._record["failures"] = self._failures
-        if failure is not None:
-            self._failed(write.step, failure)
 
     def _failed(self, step: int, failure: str) -> None:
         self._failure = f"the checkpoint of step {step} was not written: {failure}"

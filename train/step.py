@@ -5,29 +5,35 @@ step's loss is the mean over its micro-steps. Engines average gradients over ran
 multiplied by their number; the auxiliary loss is already the same value on every rank.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from data.loader import Batch
+from data.loader import NO_DOCUMENT, Batch
 from model.context import BatchContext
 from model.loss import IGNORED, cross_entropy_sum
 from model.memory import StreamMemory
-from model.parameters import add_updates
+from model.parameters import add_updates, states_of
 from model.router import RouterReport
 from model.transformer import ModelOutput
 from train.engine import Engine, World
+from train.watch import Figures, Finding, WatchState, judge
+from train.watch_config import WatchConfig
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What every step of a run shares: micro-steps per step, seed of the dropout masks, whether attention stays in documents."""
+    """What every step of a run shares: micro-steps per step, seed of the dropout masks, whether attention stays in documents.
+
+    watch: what is done at a bad step.
+    """
 
     accumulation_steps: int
     seed: int
     mask_documents: bool
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class StepResult:
 
     nats: the cross-entropy summed over all targets, which the mean over micro-steps does not give when their numbers of targets
     differ. num_targets and num_bytes: of all ranks. reports: this rank's router reports, summed over micro-steps (see
-    `total_reports`).
+    `total_reports`). finding: what is wrong with the step, None for a good one; document_ids: of this rank's rows, if it is bad.
     """
 
     loss: float
@@ -46,6 +52,20 @@ class StepResult:
     num_targets: int
     num_bytes: int
     reports: dict[str, RouterReport]
+    finding: Finding | None = None
+    document_ids: frozenset[int] = frozenset()
+
+    @property
+    def figures(self) -> Figures:
+        return Figures(self.loss, self.auxiliary_loss, self.grad_norm)
+
+    @property
+    def goes_back(self) -> bool:
+        return self.finding is not None and self.finding.action == "rollback"
+
+    @property
+    def is_skipped(self) -> bool:
+        return self.finding is not None and not self.finding.applies
 
 
 @dataclass
@@ -58,6 +78,7 @@ class _Totals:
     num_targets: int = 0
     num_bytes: int = 0
     reports: dict[str, RouterReport] = field(default_factory=dict)
+    documents: list[Tensor] = field(default_factory=list)  # on the CPU
 
 
 def forward(
@@ -90,33 +111,66 @@ def train_step(
     step: int,
     lr: float,
     memory: StreamMemory | None = None,
+    past: WatchState | None = None,
+    tell: Callable[[StepResult], None] = lambda result: None,
 ) -> StepResult:
     """Runs step number `step` (0 is the first) on the next micro-steps of `batches`.
 
-    memory: of this rank's streams, where a mixer has memory; it moves on with the rows.
+    memory: of this rank's streams, where a mixer has memory; it moves on with the rows. past: what is known of the steps before. tell:
+    called for a bad step, on every rank, before anything is raised. A step that is skipped leaves weights, moments, states and memory
+    as they were; after one that asks for a rollback only weights and moments are.
 
     Raises:
-        RuntimeError: the loss or the gradient norm is not finite, or a rank could not read its rows: on every rank alike.
-            Checkpoints stay as they are.
+        RuntimeError: the loss or the gradient norm is not finite (and the watch does not skip it or roll back), or a rank could not
+            read its rows: on every rank alike. Checkpoints stay as they are.
     """
     world.begin_step(step + 1)
     engine.model.train()
     totals = _Totals()
+    before = _Before(engine, memory) if settings.watch.may_skip else None
+    results: list[StepResult] = []
+
+    def accept(grad_norm: float) -> bool:
+        result = _reduce(totals, world, grad_norm=grad_norm, accumulation_steps=settings.accumulation_steps)
+        finding = judge(settings.watch, past or WatchState(), result.figures, step=step + 1)
+        if finding is not None:
+            result = replace(result, finding=finding, document_ids=_documents(totals))
+        results.append(result)
+        return not result.is_skipped
+
     for micro_step in range(settings.accumulation_steps):
         last = micro_step == settings.accumulation_steps - 1
         _micro_step(engine, batches, world, settings, totals, step=step, last=last, memory=memory)
-    grad_norm = engine.step(lr)
-    if engine.model.balances:
-        engine.model.balance(total_reports(totals.reports, world))
-    result = _reduce(totals, world, grad_norm=grad_norm, accumulation_steps=settings.accumulation_steps)
+    engine.step(lr, accept=accept)
+    (result,) = results
+    finding = result.finding
+    if not result.is_skipped:
+        if engine.model.balances:
+            engine.model.balance(total_reports(totals.reports, world))
+    elif before is not None:
+        before.put_back()
     world.end_step()
-    if not (torch.tensor([result.loss, result.auxiliary_loss, grad_norm]).isfinite().all()):
-        raise RuntimeError(
-            f"the loss and the gradient norm must be finite, but at step {step + 1} the loss is {result.loss}, the auxiliary loss "
-            f"{result.auxiliary_loss} and the gradient norm {grad_norm}: lower optim.lr or clip_grad_norm in a run with "
-            "another run.dir"
-        )
+    if finding is not None:
+        tell(result)
+        if finding.action == "stop":
+            raise RuntimeError(finding.sentence)
     return result
+
+
+class _Before:
+    """What the forward passes of a step change: the states of routers and norms, the memory of the streams. Copies of them."""
+
+    def __init__(self, engine: Engine, memory: StreamMemory | None) -> None:
+        self._states = states_of(engine.model)
+        self._values = {name: state.clone() for name, state in self._states.items()}
+        self._memory = memory
+        self._remembered = None if memory is None else memory.tensors()  # its tensors are copies
+
+    def put_back(self) -> None:
+        for name, value in self._values.items():
+            self._states[name].copy_(value)
+        if self._memory is not None and self._remembered is not None:
+            self._memory.restore(self._remembered)
 
 
 def _micro_step(
@@ -142,6 +196,7 @@ def _micro_step(
     totals.auxiliary_loss = totals.auxiliary_loss + output.auxiliary_loss.detach().double()
     totals.num_targets += int((batch.targets_BS != IGNORED).sum())
     totals.num_bytes += batch.num_bytes
+    totals.documents.append(batch.document_ids_BS)
     for name, report in output.reports.items():
         totals.reports[name] = totals.reports[name].plus(report) if name in totals.reports else report
 
@@ -165,18 +220,27 @@ def _next_batch(batches: Iterator[Batch], world: World) -> tuple[Batch, int]:
 
 
 def _reduce(totals: _Totals, world: World, *, grad_norm: float, accumulation_steps: int) -> StepResult:
-    counts = torch.tensor([totals.num_targets, totals.num_bytes], dtype=torch.float64)  # exact below 2**53
+    """Sums over all ranks, by one all-reduce of 48 bytes.
+
+    The norm is rank 0's, and not finite if any rank's is not: whatever is decided by these figures is decided alike on every rank.
+    """
+    norm = grad_norm if world.rank == 0 else 0.0 * grad_norm
+    counts = torch.tensor([totals.num_targets, totals.num_bytes, norm], dtype=torch.float64)  # exact below 2**53
     losses = torch.stack([totals.loss, totals.auxiliary_loss, totals.nats])
     sums = world.sum(torch.cat([losses, counts.to(losses.device)])).tolist()
     return StepResult(
         loss=sums[0] / accumulation_steps,
         auxiliary_loss=sums[1] / world.world_size / accumulation_steps,
-        grad_norm=grad_norm,
+        grad_norm=sums[5],
         nats=sums[2],
         num_targets=int(sums[3]),
         num_bytes=int(sums[4]),
         reports=totals.reports,
     )
+
+
+def _documents(totals: _Totals) -> frozenset[int]:
+    return frozenset(torch.cat([ids.flatten() for ids in totals.documents]).tolist()) - {NO_DOCUMENT}
 
 
 def total_reports(reports: dict[str, RouterReport], world: World) -> dict[str, RouterReport]:

@@ -1,7 +1,7 @@
 """Work at which one rank may fail and of which all must hear: every rank then ends with that rank's sentence.
 
 Without it the others would wait in the next collective until the connection breaks, and bury the reason. Owns when the ranks compare
-notes; what they then raise is the mesh's (parallel/mesh.py). Called by train/run.py, metrics.py and checkpoint.py, by all ranks alike.
+notes; what they then raise is the mesh's (parallel/mesh.py). Called by train/run.py and the modules beside it, by all ranks alike.
 """
 
 from collections.abc import Callable, Iterator

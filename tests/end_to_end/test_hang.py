@@ -3,10 +3,13 @@
 Each job is two real processes of the launcher (faulty_main.py), of which one has a fault in the feed-forward of the last layer.
 """
 
+import json
 import re
+import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +53,9 @@ class Job:
         assert len(lines) == 1, self.processes.log(rank)
         return lines[0].removeprefix(f"error (rank {rank}): " if rank else "error: ")
 
+    def crash(self) -> dict[str, Any]:
+        return json.loads((self.config.folder / "crash.json").read_text())
+
     def stacks(self, rank: int) -> str:
         return (self.config.folder / "hang" / f"rank_{rank:05d}.txt").read_text()
 
@@ -66,6 +72,8 @@ def test_a_rank_that_does_not_come_is_named_with_the_verb_and_every_rank_writes_
     was_last = r"\(outside any collective, last in combine \(output\) of layers.1.mixer, forward, at step 3\)"
     assert re.match(f"{waits} {was_last}; the stacks of this rank's threads are in ", said), said
     assert job.error(sleeper).startswith(said.split(";")[0])
+    assert job.crash()["reason"] == said.split(";")[0]
+    assert job.crash()["step"] == 2
     assert "in oversleep" in job.stacks(sleeper)
     assert "oversleep" not in job.stacks(waiter)
     assert "torch/distributed" in job.stacks(waiter)
@@ -82,6 +90,7 @@ def test_a_rank_that_dies_in_backward_is_named(config: ConfigFile, processes: Pr
     assert f"rank {dead}" in said, said
     assert re.search(r"at step 3, .* broke because a rank is gone: .*\(?dead or stopped, last seen", said), said
     assert "Connection closed" not in processes.log(1 - dead)
+    assert (job.crash()["rank"], job.crash()["reason"]) == (1 - dead, said)
     assert job.seconds < 30
 
 
@@ -102,6 +111,8 @@ def test_an_error_in_forward_reaches_the_other_rank_as_its_sentence(config: Conf
     assert job.error(0) == "MemoryError: the feed-forward wanted 80 GiB and there are 2 (rank 1 of 2)"
     assert "Traceback" not in processes.log(0)
     assert "in strike" in processes.log(1), "the failing rank shows where"
+    assert (job.crash()["rank"], job.crash()["reason"]) == (1, job.error(0).removesuffix(" (rank 1 of 2)"))
+    assert any("in strike" in line for line in job.crash()["traceback"])
     assert job.seconds < 40
 
 
@@ -115,3 +126,7 @@ def test_slow_steps_are_left_alone_and_their_exchange_is_told(config: ConfigFile
         assert exchange["bytes"]["reduce"]["far"] == 0
         slept = sum(wait["max"] for wait in exchange["seconds"].values())
         assert slept > 3.0, "rank 0 waited for each of the two micro-steps of 1.7 s"
+        assert record["straggler"]["rank"] == 1
+        assert record["straggler"]["seconds"] > 3.0 > record["straggler"]["others"]
+    assert f"rank 1 on {socket.gethostname()} is slow" in processes.log(0)
+    assert not (config.folder / "crash.json").exists()

@@ -1,6 +1,6 @@
 """Elastic resume: a run that changes its layout again and again carries every tensor on, bit for bit, and every change is allowed.
 
-Each change is made by what a run itself calls (train.run.restore, save, train) on the warm pools: it is restored at the next layout,
+Each change is made by what a run itself calls (restore, save and train of a Job) on the warm pools: it is restored at the next layout,
 saved again without a step, and what is then on disk is compared with what the layout before had written. Then it takes real steps.
 """
 
@@ -23,9 +23,13 @@ from tests.train.tiny_job import ALONE, tiny_config, write_shards
 from train.build import build_memory, build_model, open_data, open_world, set_up_torch
 from train.checkpoint import latest, read_tensors
 from train.config import Config, check_world
+from train.crash import CrashFile
+from train.job import Job
 from train.manifest import read_manifest
 from train.metrics import Reporter
-from train.run import Job, Progress, _open_saver, _train_batches, restore, save, train
+from train.resume import restore, save
+from train.run import open_saver_of, train
+from train.run_folder import RunFolder
 
 Pools = Callable[[int], Pool]
 
@@ -84,11 +88,15 @@ def visit(values: dict[str, Any], dtype: str) -> None:
     info = ALONE.model_copy(update=place)
     layout, data, device = check_world(config, info), open_data(config), set_up_torch(config, info)
     engines = config.model_copy(update={"run": config.run.model_copy(update={"dtype": dtype})})
-    with open_world(engines, info, layout, device=device) as (world, build_engine), ExitStack() as kept_open:
+    crash = CrashFile(RunFolder(Path(config.run.dir)), info)
+    with (
+        open_world(engines, info, layout, device=device, crash=crash) as (world, build_engine),
+        ExitStack() as kept_open,
+    ):
         engine = build_engine(build_model(config, vocab_size=data.train.vocab_size))
         reporter = Reporter(is_main=False, total_steps=config.run.steps)
-        saver = kept_open.enter_context(_open_saver(config, world, reporter))
-        job = Job(config, layout, data, world, engine, build_memory(config, world), reporter, saver)
+        saver = kept_open.enter_context(open_saver_of(config, world, reporter))
+        job = Job(config, layout, data, world, engine, build_memory(config, world), reporter, saver, crash)
         if latest(job.folder.checkpoints, mesh=world) is not None:
             for fragment in engine.fragments():
                 for held in fragment.tensors.values():
@@ -97,7 +105,7 @@ def visit(values: dict[str, Any], dtype: str) -> None:
         if start.step:
             save(job, start)
         if start.step < config.run.steps:
-            train(job, Progress(start.step, start.position), _train_batches(job, start.position))
+            train(job, start, job.train_batches(start.position))
 
 
 @dataclass

@@ -261,7 +261,7 @@ class _before_update:
 
     def __enter__(self) -> None:
         update = self.engine.step
-        self.engine.step = lambda lr: (self.look(), update(lr))[1]
+        self.engine.step = lambda lr, **accept: (self.look(), update(lr, **accept))[1]
 
     def __exit__(self, *_: object) -> None:
         del self.engine.step

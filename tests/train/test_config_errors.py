@@ -112,5 +112,5 @@ def test_fields_and_sections_follow_the_classes() -> None:
     assert keys[:2] == ["run.dir", "run.steps"]
     assert "model.sigma_moe.entropy_weight" in keys
     assert len(keys) == len(set(keys))
-    assert sections(Config)[""] == ["run", "data", "model", "parallel", "optim", "checkpoint", "eval"]
+    assert sections(Config)[""] == ["run", "data", "model", "parallel", "optim", "checkpoint", "eval", "watch"]
     assert sections(Config)["checkpoint"] == ["every_steps", "keep", "asynchronous", "on_failure", "timeout_s"]

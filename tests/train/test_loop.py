@@ -145,6 +145,6 @@ def test_a_collapsed_router_is_named(folder: Path, capsys, monkeypatch: pytest.M
 
 def test_a_held_out_loss_that_is_not_finite_ends_the_run_with_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch):
     broken = Evaluation(loss=math.nan, bits_per_byte=math.nan, num_targets=1, num_bytes=1)
-    monkeypatch.setattr("train.run.evaluate", lambda *_, **__: broken)
+    monkeypatch.setattr("train.measure.evaluate", lambda *_, **__: broken)
     with pytest.raises(RuntimeError, match="the held-out loss must be finite, but after step 3 it is nan"):
         run(tiny_config(folder), ALONE)

@@ -8,10 +8,16 @@ from typing import Any, cast
 import pytest
 import torch
 
-from train import run
+from tests.train.tiny_job import ALONE
+from train import measure, run
 from train.config import load_config
+from train.crash import CrashFile
 from train.engine import LocalMesh
 from train.evaluate import Evaluation
+from train.job import Job
+from train.metrics import Reporter
+from train.progress import Progress
+from train.run_folder import RunFolder
 from train.step import StepResult
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny_cpu.yaml"
@@ -47,21 +53,22 @@ def test_tokens_per_second_are_those_of_the_steps_without_evaluations_and_saves(
 
     monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=clock.perf_counter))
     monkeypatch.setattr(run, "train_step", lambda *_, step, **__: take(2.0 + step, STEP))
-    monkeypatch.setattr(run, "evaluate", lambda *_, **__: take(1000.0, Evaluation(1.0, 1.0, 10, 10)))
-    monkeypatch.setattr(run, "_heldout_batches", lambda job: iter(()))
+    monkeypatch.setattr(measure, "evaluate", lambda *_, **__: take(1000.0, Evaluation(1.0, 1.0, 10, 10)))
+    monkeypatch.setattr(Job, "heldout_batches", lambda job: iter(()))
     monkeypatch.setattr(run, "save", lambda *_: take(5000.0))
     config = load_config(TINY, [f"run.dir={tmp_path}", *SETTINGS])
-    job = run.Job(
+    job = Job(
         config,
         layout=cast(Any, None),
         data=cast(Any, None),
         world=LocalMesh(torch.device("cpu")),
         engine=cast(Any, SimpleNamespace(model=torch.nn.Module())),
         memory=None,
-        reporter=run.Reporter(is_main=False, total_steps=6),
+        reporter=Reporter(is_main=False, total_steps=6),
         saver=cast(Any, SimpleNamespace(look=lambda: None, take_record=dict, finish=lambda: None)),
+        crash=CrashFile(RunFolder(tmp_path), ALONE),
     )
-    run.train(job, run.Progress(step=0, position=0), cast(Any, iter(())))
+    run.train(job, Progress(step=0, position=0), cast(Any, iter(())))
 
     speeds = {
         record["step"]: record["tokens_per_second"]

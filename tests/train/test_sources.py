@@ -13,7 +13,7 @@ from data.loader import TrainBatches
 from tests.train.tiny_job import ALONE, records, tiny_config, write_shards
 from train import checkpoint
 from train.evaluate import main as evaluate_main
-from train.run import _share_damaged, run
+from train.run import run, share_damaged
 
 pytestmark = pytest.mark.usefixtures("torch_as_it_was")
 
@@ -169,10 +169,10 @@ def test_the_limit_is_that_of_all_ranks_together():
     batches = TrainBatches(iter(()), damaged={"a": "a is gone"}, limit=1)
     told: set[str] = set()
     for _ in range(2):
-        _share_damaged(job({}, {"a": "a is gone"}, said=said), batches, told)
+        share_damaged(job({}, {"a": "a is gone"}, said=said), batches, told)
     assert said == ["skipped: a is gone"]
     with pytest.raises(RuntimeError, match="allows 1 damaged shard, but 2 are: a is gone; b is gone"):
-        _share_damaged(job({"b": "b is gone"}, said=said), batches, told)
+        share_damaged(job({"b": "b is gone"}, said=said), batches, told)
     assert said == ["skipped: a is gone", "skipped: b is gone"]
 
 

@@ -1,7 +1,7 @@
 """A step and an evaluation against sums made by hand, with an engine whose model is a table of logits."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
@@ -43,8 +43,9 @@ class TableEngine:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.losses.append((loss.item(), last))
 
-    def step(self, lr: float) -> float:
-        self.rates.append(lr)
+    def step(self, lr: float, *, accept: Callable[[float], bool]) -> float:
+        if accept(self.norm):
+            self.rates.append(lr)
         return self.norm
 
 

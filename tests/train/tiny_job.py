@@ -76,6 +76,7 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> Config:
         "optim": {"lr": 1.0e-2},
         "checkpoint": {"every_steps": 100},
         "eval": {"every_steps": 100, "max_tokens": 100},
+        "watch": {},
     }
     return Config.model_validate({name: fields | sections.get(name, {}) for name, fields in values.items()})
 

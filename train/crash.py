@@ -1,0 +1,123 @@
+"""A run that fails leaves crash.json in its folder: why, where, and how to go on. One file, of the first rank to fail.
+
+Owns that file: what is in it, which rank writes it, and that a new start moves it aside. What is wrong with a config or the shards
+(ValueError before the first step) leaves none: nothing had begun. Nor can a process that is killed: the ranks that then miss it write.
+Entered by train/build.py inside the mesh, where the watchdog has already told broken connections from their reasons.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import re
+import shlex
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from parallel.config import ProcessInfo
+from train import checkpoint_folder
+from train.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+class CrashFile:
+    """One process's part in it. It writes nothing before `begin`: until then the folder may be another run's."""
+
+    def __init__(self, folder: RunFolder, info: ProcessInfo) -> None:
+        self._folder, self._info = folder, info
+        self._began = False
+        self.step, self.position = 0, 0
+
+    def begin(self) -> None:
+        """The run folder is this run's, and `set_aside` was called."""
+        self._began = True
+
+    def at(self, *, step: int, position: int) -> None:
+        """Steps done and the data position."""
+        self.step, self.position = step, position
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """An error that comes out of it is written, if it is this rank's to tell, and goes on."""
+        try:
+            yield
+        except Exception as error:
+            if not self._is_of_another_rank(str(error)):
+                self._write(_sentence(error), "".join(traceback.format_exception(error)))
+            raise
+
+    def hang(self, sentence: str) -> None:
+        """Called by the watchdog, which then ends the process. The stacks of all threads are in the folder hang/."""
+        self._write(sentence, None)
+
+    def _is_of_another_rank(self, sentence: str) -> bool:
+        """It has been told to this rank, with the number of the rank that failed: that one writes, with its traceback."""
+        named = re.search(r"\(rank (\d+) of \d+\)$", sentence)
+        return named is not None and int(named.group(1)) != self._info.rank
+
+    def _write(self, reason: str, trace: str | None) -> None:
+        if not self._began:
+            return
+        try:
+            with self._folder.crash.open("x", encoding="utf-8") as file:  # "x": the first rank wins
+                file.write(json.dumps(self._content(reason, trace), indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            pass
+        except OSError as error:  # what ends the run must not be hidden by this
+            logger.warning("%s cannot be written (%s)", self._folder.crash, error.strerror or error)
+
+    def _content(self, reason: str, trace: str | None) -> dict[str, Any]:
+        info = self._info
+        checkpoint = _next_checkpoint(self._folder.checkpoints)
+        start = f"{info.world_size} process(es) by {info.launcher}, each: {shlex.join(sys.orig_argv)}"
+        goes_on = "begins anew: there is no checkpoint"
+        if checkpoint is not None:
+            goes_on = f"goes on from {checkpoint}, or from the one before it if that is damaged"
+        return {
+            "reason": reason,
+            "rank": info.rank,
+            "world_size": info.world_size,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "step": self.step,
+            "position": self.position,
+            "command": start,
+            "folder": os.getcwd(),
+            "checkpoint": checkpoint,
+            "resume": f"the same command in the same folder {goes_on}",
+            "traceback": None if trace is None else trace.splitlines(),
+        }
+
+
+def set_aside(folder: RunFolder) -> Path | None:
+    """Moves the crash.json of an earlier start to crash-001.json and so on; gives its new path, None if there was none. Rank 0."""
+    if not folder.crash.exists():
+        return None
+    numbered = (folder.path / f"crash-{number:03d}.json" for number in itertools.count(1))
+    aside = next(path for path in numbered if not path.exists())
+    folder.crash.rename(aside)
+    return aside
+
+
+def _next_checkpoint(folder: Path) -> str | None:
+    """Which one a start would try first; its files are not read."""
+    with contextlib.suppress(OSError, RuntimeError):
+        names = checkpoint_folder.candidates(folder)
+        return str(folder / names[0]) if names else None
+    return None
+
+
+def _sentence(error: Exception) -> str:
+    return (
+        str(error) if type(error) in (RuntimeError, ValueError) and str(error) else f"{type(error).__name__}: {error}"
+    )

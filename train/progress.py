@@ -1,0 +1,40 @@
+"""How far a run is: steps done, rows consumed, what the watch remembers. And where it stands when it goes back.
+
+The position is not step times rows: a rollback takes the step back and leaves the position behind the rows of the bad step. So both are
+counted on, never derived from each other. Owned by the loop of train/run.py; a checkpoint holds all three.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from train.watch import WatchState, rolled_back
+
+
+@dataclass(frozen=True)
+class Progress:
+    """step: steps done; position: rows consumed or stepped over. Both 0 at the start of a new run."""
+
+    step: int
+    position: int
+    watch: WatchState = field(default_factory=WatchState)
+
+    @property
+    def updates(self) -> int:
+        """That the weights have seen: a skipped step made none."""
+        return self.step - self.watch.skipped_steps
+
+    def forward(self, *, rows: int, watch: WatchState) -> "Progress":
+        """A step of `rows` rows further, whether its update was made or skipped."""
+        return Progress(self.step + 1, self.position + rows, watch)
+
+    def back(self, saved: "Progress", *, rows: int) -> "Progress":
+        """At the checkpoint `saved`, all rows up to the last of the bad step after this one stepped over."""
+        return Progress(saved.step, self.position + rows, rolled_back(self.watch, saved.watch))
+
+
+def no_way_back(step: int, folder: Path) -> str:
+    """The sentence for a rollback without a checkpoint. step: the bad one, 1 is the first."""
+    return (
+        f"to go back the run needs a checkpoint, but step {step} is bad and there is none in {folder}: lower checkpoint.every_steps, "
+        "or set watch.on_nonfinite and watch.on_spike to skip"
+    )
