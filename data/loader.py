@@ -12,6 +12,7 @@ from itertools import accumulate, count
 import numpy as np
 import torch
 
+from data.cache import GB
 from data.config import DataConfig, check_layout
 from data.damage import check_limit
 from data.index import ShardIndex
@@ -84,8 +85,9 @@ def train_batches(
             "accumulation of the checkpoint"
         )
     split = one_source(split) if isinstance(split, ShardIndex) else split
+    indexes = tuple(source.index for source in split.sources)
     plan = _Plan(
-        indexes=tuple(source.index for source in split.sources),
+        indexes=indexes,
         lines=training_lines(config, split),
         mixture=mixture_of(config, split, seed=seed),
         seed=seed,
@@ -94,6 +96,8 @@ def train_batches(
         num_ranks=num_ranks,
         first_micro_step=position // micro_step_rows,
         tolerant=config.max_skipped_shards > 0,
+        ahead=config.cache_gb * GB
+        >= 2 * config.streams * max(shard.bytes for index in indexes for shard in index.shards),
     )
     rows = in_processes(plan.share, num_workers=config.num_workers) if config.num_workers else plan.rows()
     return TrainBatches(map(_to_batch, rows), damaged=split.damaged, limit=config.max_skipped_shards)
@@ -159,6 +163,7 @@ class _Plan:
     first_micro_step: int
     num_micro_steps: int | None = None  # None: endless
     tolerant: bool = False
+    ahead: bool = False  # the cache has room for the shard of each stream and the next
 
     def rows(self, *, worker: int = 0, num_workers: int = 1) -> Iterator["_Rows"]:
         """Those of every `num_workers`-th micro-step from the `worker`-th on."""
@@ -217,6 +222,7 @@ class _RowMaker:
                 cached_documents=2 * streams + 16,  # each stream's document, and the next
                 tolerant=plan.tolerant,
                 first_id=first_id,
+                ahead=plan.ahead,
             )
             for index, first_id in zip(plan.indexes, first_ids, strict=False)
         ]

@@ -3,7 +3,7 @@ documents.
 
 Owns the files' reading, the memory, and what is done about a document that cannot be read; data/order.py says which tokens a row has,
 data/shards.py what a tar looks like, data/cache.py has the tars that are fetched. One `LineReader` per source, made by data/loader.py.
-No file stays open between two reads: nothing to leak, and a reader can be copied to another process.
+No file stays open between two reads: nothing to leak.
 """
 
 from bisect import bisect_right
@@ -14,6 +14,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from data.ahead import Ahead
 from data.index import ShardIndex, check_tokenizer
 from data.order import shard_order
 from data.recent import Recent
@@ -51,9 +52,17 @@ class LineReader:
     """
 
     def __init__(
-        self, index: ShardIndex, *, seed: int | None, cached_documents: int, tolerant: bool = False, first_id: int = 0
+        self,
+        index: ShardIndex,
+        *,
+        seed: int | None,
+        cached_documents: int,
+        tolerant: bool = False,
+        first_id: int = 0,
+        ahead: bool = False,
     ) -> None:
-        """first_id: of the index's first document, where several sources number theirs in a row."""
+        """first_id: of the index's first document, where several sources number theirs in a row. ahead: the shard after each one that
+        is begun is fetched too, where tars are fetched."""
         self.damaged: dict[str, str] = {}  # path -> problem, of the shards met so far
         self._index = index
         self._seed = seed
@@ -64,6 +73,8 @@ class LineReader:
         self._documents: Recent[np.ndarray] = Recent(cached_documents)
         self._fetched_again: set[int] = set()
         self._out_of_reach: set[int] = set()  # could not be fetched: each further try would take seconds
+        self._ahead = Ahead(index.cache) if ahead and index.cache is not None else None
+        self._begun: set[tuple[int, int]] = set()  # epoch and place of each shard, if there is an `_ahead`
 
     def read(self, *, epoch: int, first_token: int, count: int) -> Span:
         """The tokens [first_token, first_token + count) of an epoch's line.
@@ -77,6 +88,10 @@ class LineReader:
         while done < count:
             place = bisect_right(line.starts, first_token + done) - 1
             inside = first_token + done - line.starts[place]
+            if self._ahead is not None and (epoch, place) not in self._begun:
+                self._begun.add((epoch, place))
+                if place + 1 < len(line.order):
+                    self._ahead.want(self._index.shards[line.order[place + 1]])
             filled = self._fill(line.order[place], inside, tokens[done:], document_ids[done:])
             done += filled
         return Span(tokens=tokens, document_ids=document_ids)

@@ -7,6 +7,9 @@ folder and no limit of space: data/cache.py and data/split.py bring the open fil
 
 import hashlib
 import http.client
+import os
+import select
+import signal
 import subprocess
 import tempfile
 import time
@@ -15,13 +18,13 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from data.config import PIPE
 
 ATTEMPTS = 5
 FIRST_WAIT_S = 0.5  # doubled after each attempt: 7.5 s in all, longer than a restart of a proxy
-TIMEOUT_S = 60.0  # without a byte from the server
+TIMEOUT_S = 60.0  # without a byte from the server or the command
 CHUNK_BYTES = 1 << 20
 MAX_INDEX_BYTES = 1 << 30  # of a file whose size no index tells
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # answers of a server that may be other ones soon
@@ -108,22 +111,43 @@ def _answer(place: str, name: str) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _command(place: str, name: str) -> Iterator[BinaryIO]:
+def _command(place: str, name: str) -> Iterator["_Printed"]:
     """What a command prints; it must end with status 0. `name` has no character that a shell would take for its own (data/split.py)."""
     command = place.removeprefix(PIPE).replace("{}", name)
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(
-            command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+            command,
+            shell=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            bufsize=0,  # a read gives what there is
+            start_new_session=True,  # so that what the shell started can be ended with it
         ) as process,
     ):
         assert process.stdout is not None
         try:
-            yield process.stdout  # pyright: ignore[reportReturnType]
-            status = process.wait()
+            yield _Printed(process.stdout)
+            status = process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise _MayPass(f"the command has not ended {TIMEOUT_S:g} s after its last byte") from error
         finally:
-            process.kill()  # where the reading failed; a process that has ended takes no notice
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
         if status:
             errors.seek(0)
             said = errors.read()[-1000:].decode(errors="replace").strip().splitlines()
             raise _MayPass(f"the command ends with status {status}{f': {said[-1]}' if said else ''}")
+
+
+class _Printed:
+    """A command's output, which is not waited for without end."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self._pipe = pipe
+
+    def read(self, size: int) -> bytes:
+        if not select.select([self._pipe], [], [], TIMEOUT_S)[0]:
+            raise _MayPass(f"the command printed nothing for {TIMEOUT_S:g} s")
+        return self._pipe.read(size)

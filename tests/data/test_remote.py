@@ -2,8 +2,10 @@
 
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +18,7 @@ import torch
 from data import remote
 from data.config import DataConfig
 from data.loader import train_batches
+from data.order import shard_order
 from data.split import open_heldout, open_train
 
 SEED = 3
@@ -107,9 +110,16 @@ def whole(content: bytes) -> Callable[[SimpleHTTPRequestHandler], None]:
     return answer
 
 
+def room_for(shards: float, tmp_path: Path) -> float:
+    """data.cache_gb for so many shards of the largest size in tmp_path/train; if there is none, the default."""
+    sizes = [path.stat().st_size for path in (tmp_path / "train").glob("*.tar")]
+    return shards * max(sizes) / 1e9 if sizes else 100.0
+
+
 def config_of(place: object, tmp_path: Path, **changes: object) -> DataConfig:
     values = {"sequence_length": 7, "global_batch_size": 8, "streams": 4, "heldout": "heldout"}
     values |= {"shards": place, "cache": str(tmp_path / "cache"), "allow_pipe": True}
+    values["cache_gb"] = room_for(7, tmp_path)  # all of them, and too little for anything to be fetched ahead
     return DataConfig.model_validate(values | changes)
 
 
@@ -157,6 +167,32 @@ def test_index_tokenizer_and_sidecars_come_first_and_tars_when_they_are_read(fol
     assert not server.asked
     next(batches)
     assert set(server.asked) < {path.name for path in folder.glob("*.tar")}
+
+
+def asked_by_the_first_batch(server: Server, tmp_path: Path, *, shards: float) -> list[str]:
+    """The tars that are fetched by reading one batch and waiting; shards: of the largest size that the cache has room for."""
+    config = config_of(
+        server.url, tmp_path, cache=str(tmp_path / f"cache-{shards}"), cache_gb=room_for(shards, tmp_path)
+    )
+    split = open_train(config)
+    server.asked.clear()
+    next(train_batches(config, split, seed=SEED, accumulation_steps=1, rank=0, num_ranks=1, position=0))
+    for thread in threading.enumerate():
+        if thread.name == "shards ahead":
+            thread.join(20.0)
+    return sorted(server.asked)
+
+
+def test_the_shard_after_each_one_that_is_begun_is_fetched_ahead_where_two_for_each_stream_have_room(
+    folder, server, tmp_path
+):
+    needed = asked_by_the_first_batch(server, tmp_path, shards=2 * 4 - 0.1)
+    ahead = asked_by_the_first_batch(server, tmp_path, shards=2 * 4 + 0.1)
+    shards = [shard.name for shard in open_train(config_of(str(folder), tmp_path, cache=None)).sources[0].index.shards]
+    order = shard_order(len(shards), seed=SEED, epoch=0)
+    places = [order.index(shards.index(name)) for name in needed]
+    following = {shards[order[place + 1]] for place in places if place + 1 < len(order)}
+    assert set(ahead) == {*needed, *following} > set(needed)
 
 
 def test_a_second_run_fetches_only_the_index(folder, server, tmp_path):
@@ -235,6 +271,35 @@ def test_a_command_that_prints_without_end_is_stopped(folder, tmp_path):
     place = f"pipe:case {{}} in *.tar) yes;; *) cat {folder}/{{}};; esac"
     with pytest.raises(RuntimeError, match=r"train-\d+\.tar cannot be fetched .*it has more than \d+ bytes"):
         rows(config_of(place, tmp_path))
+
+
+def stats() -> Iterator[list[str]]:
+    """Of every process: its state, its parent, its group, ..."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            yield path.read_text().rpartition(")")[2].split()
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("sleep 600", "the command printed nothing for 0.3 s"),
+        ("echo half; sleep 600", "the command printed nothing for 0.3 s"),
+        ("exec 1>&-; sleep 600", "the command has not ended 0.3 s after its last byte"),
+    ],
+)
+def test_a_command_that_hangs_is_ended_with_what_it_started(tmp_path, monkeypatch, command, reason):
+    monkeypatch.setattr(remote, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    place = f"pipe:echo $$ >> {tmp_path}/pids; {command}; true {{}}"
+    with pytest.raises(RuntimeError, match=rf"index\.json cannot be fetched .*\({reason}; 2 attempts"):
+        open_train(config_of(place, tmp_path))
+    groups = (tmp_path / "pids").read_text().split()
+    assert len(groups) == 2
+    deadline = time.monotonic() + 20.0  # of a busy machine: a process that was killed ends when it is next due
+    while left := [stat for stat in stats() if stat[2] in groups and stat[0] != "Z"]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("name", ["../x.tar", "x;touch executed;.tar", ".hidden.tar", "x.txt", "a b.tar"])
