@@ -1,7 +1,10 @@
 """Reader processes: each makes its share of an endless sequence ahead of time. Knows nothing of rows. Used by data/loader.py."""
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 import torch
@@ -40,10 +43,24 @@ def in_processes(work: Callable[[int, int], Iterator[Item]], *, num_workers: int
         ),  # a fork of a process with threads (gloo, CUDA) may hang
         generator=torch.Generator(),  # else it draws from torch's global one, whose state then depends on num_workers
     )
-    for item in loader:
+    with _deaf_children():
+        items = iter(loader)  # starts the processes
+    for item in items:
         if isinstance(item, Exception):
             raise item
         yield item
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes that are started inside never hear these signals. SLURM sends them to every process of a step; the training process
+    answers them (train/preemption.py) and needs its rows until then. Blocked before they start: booting takes seconds."""
+    resource_tracker.ensure_running()  # started inside, it would unblock SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _unchanged(item: Any) -> Any:

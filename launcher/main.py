@@ -30,7 +30,9 @@ PLAN_FLAGS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 the world failed (RuntimeError, OSError), 2 the user must change something (ValueError)."""
+    """Exit code: 0 done, 1 the world failed (RuntimeError, OSError), 2 the user must change something (ValueError), 85 ended early by a
+    signal (train/preemption.py).
+    """
     _put_this_clone_first()
     rank = 0
     try:
@@ -54,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             dry_run(config, info, _plan(args))
         else:
-            from train import run
+            from train import preemption, run
 
-            run.run(config, info)
+            if run.run(config, info) == "preempted":
+                return preemption.EXIT_CODE
     except (ValueError, RuntimeError, OSError) as error:
         if not _is_sentence(error):
             traceback.print_exception(error)

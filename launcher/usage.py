@@ -26,7 +26,9 @@ change the config (a dotted key and a YAML value; the last of a key wins):
   --set model.sigma_moe=null                           removes an optional section; its keys are set one by one
 
 The path of the config and the paths in it (run.dir, data.shards) are relative to the folder the command is typed in.
-Exit code: 0 done, 1 the run failed, 2 something in the command, the config or the environment must be changed.
+SIGTERM or SIGUSR1 ends it after the present step with a checkpoint.
+Exit code: 0 done, 1 the run failed, 2 something in the command, the config or the environment must be changed, 85 ended early by a
+signal: the same command goes on.
 """
 
 

@@ -11,6 +11,7 @@ from train.config import Config, Layout
 from train.crash import CrashFile
 from train.engine import Engine, World
 from train.metrics import Reporter
+from train.preemption import Preemption
 from train.run_folder import RunFolder
 from train.saver import Saver
 from train.step import StepSettings
@@ -29,6 +30,7 @@ class Job:
     reporter: Reporter
     saver: Saver
     crash: CrashFile
+    preemption: Preemption
 
     @property
     def folder(self) -> RunFolder:

@@ -7,6 +7,7 @@ import time
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from data.loader import TrainBatches
 from model.parameters import count_parameters
@@ -20,6 +21,7 @@ from train.job import Job
 from train.measure import measure
 from train.metrics import MetricsWriter, Reporter
 from train.optimizer import learning_rate
+from train.preemption import Preemption
 from train.progress import Progress
 from train.resume import restore, roll_back, save
 from train.run_folder import RunFolder, find_changes, write_folder
@@ -30,9 +32,11 @@ from train.stragglers import Spent, Stragglers
 from train.together import on_rank_zero
 from train.watch import after
 
+Ending = Literal["done", "preempted"]
 
-def run(config: Config, info: ProcessInfo) -> None:
-    """Trains until run.steps, from the newest whole checkpoint if the run folder holds one.
+
+def run(config: Config, info: ProcessInfo) -> Ending:
+    """Trains until run.steps, from the newest whole checkpoint if the run folder holds one; or until a signal asks it to end.
 
     Raises:
         ValueError: something in the config does not fit the processes, the shards or the run folder; nothing was written.
@@ -43,8 +47,8 @@ def run(config: Config, info: ProcessInfo) -> None:
     changes = find_changes(config)
     device = set_up_torch(config, info)
     folder = RunFolder(Path(config.run.dir))
-    crash = CrashFile(folder, info)
-    with open_world(config, info, layout, device=device, crash=crash) as (world, build_engine):
+    crash, preemption = CrashFile(folder, info), Preemption()
+    with preemption.heard(), open_world(config, info, layout, device=device, crash=crash) as (world, build_engine):
         model = build_model(config, vocab_size=data.train.vocab_size)
         backends, kernel_notes = choose_kernels(config, layout, world)
         backends.apply(model)
@@ -62,34 +66,44 @@ def run(config: Config, info: ProcessInfo) -> None:
             changed = [f"changed since the run began: {change}" for change in changes]
             for note in [*config.model.notes(), *kernel_notes, *exchanges, *changed]:
                 reporter.say(note)
-            job = Job(config, layout, data, world, engine, build_memory(config, world), reporter, saver, crash)
+            memory = build_memory(config, world)
+            job = Job(config, layout, data, world, engine, memory, reporter, saver, crash, preemption)
             start = restore(job)
             batches = job.train_batches(start.position)
             world.barrier()  # every rank has read the run folder, and nothing was refused, before rank 0 writes into it
             on_rank_zero(world, lambda: write_folder(config, shards=data.train.folder))
             on_rank_zero(world, lambda: (backends.write(folder), set_aside(folder)))
             crash.begin()
-            train(job, start, batches)
+            return train(job, start, batches)
 
 
-def train(job: Job, start: Progress, batches: TrainBatches) -> None:
+def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
     """The loop: a step, then whatever is due after it. What a step tells is on disk before the checkpoint that follows it."""
     config, last = job.config, job.config.run.steps
     if start.step >= last:
         job.reporter.say(f"nothing to do: step {start.step} of {last} is done (raise run.steps to go on)")
-        return
+        return "done"
     writer, stragglers = MetricsWriter(job.folder, job.world, restored_step=start.step), Stragglers(job.world)
     job.reporter.start(start.step)
     engine, world, rows = job.engine, job.world, config.data.global_batch_size
     told: set[str] = set()  # damaged shards that the console has named
-    done, spent = start, Spent(world)
-    while done.step < last:
+    done, spent, ends = start, Spent(world), False
+    while done.step < last and not ends:
         job.crash.at(step=done.step, position=done.position)
         lr = learning_rate(done.step, config.optim, num_steps=last)
         tell = partial(tell_of, world, job.folder, done, rows=rows, say=job.reporter.say)
         spent.begin(time.perf_counter())
         result = train_step(
-            engine, batches, world, job.settings, step=done.step, lr=lr, memory=job.memory, past=done.watch, tell=tell
+            engine,
+            batches,
+            world,
+            job.settings,
+            step=done.step,
+            lr=lr,
+            memory=job.memory,
+            past=done.watch,
+            is_asked_to_end=lambda: job.preemption.is_asked,
+            tell=tell,
         )
         spent.end(time.perf_counter())
         if result.goes_back:
@@ -101,9 +115,10 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> None:
         done = done.forward(rows=rows, watch=after(config.watch, done.watch, result.figures, result.finding))
         job.reporter.step(done.step)
         job.saver.look()
+        ends = result.ends
 
         evaluates = done.step == last or done.step % config.eval.every_steps == 0
-        saves = done.step == last or done.step % config.checkpoint.every_steps == 0
+        saves = ends or done.step == last or done.step % config.checkpoint.every_steps == 0
         logs = evaluates or done.step % config.run.log_every_steps == 0
         if (logs or saves) and config.data.max_skipped_shards:
             share_damaged(job, batches, told)
@@ -120,7 +135,13 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> None:
             save(job, done)
     job.saver.finish()
     writer.close()
+    if done.step < last:
+        job.reporter.say(
+            f"asked to end: the checkpoint of step {done.step} of {last} is written; the same command goes on from it"
+        )
+        return "preempted"
     job.reporter.say(f"done: step {last}; checkpoints, metrics and config are in {job.folder.path}")
+    return "done"
 
 
 def open_saver_of(config: Config, world: World, reporter: Reporter) -> AbstractContextManager[Saver]:

@@ -42,7 +42,8 @@ class StepResult:
 
     nats: the cross-entropy summed over all targets, which the mean over micro-steps does not give when their numbers of targets
     differ. num_targets and num_bytes: of all ranks. reports: this rank's router reports, summed over micro-steps (see
-    `total_reports`). finding: what is wrong with the step, None for a good one; document_ids: of this rank's rows, if it is bad.
+    `total_reports`). ends: a rank was asked to end the run. finding: what is wrong with the step, None for a good one; document_ids: of
+    this rank's rows, if it is bad.
     """
 
     loss: float
@@ -52,6 +53,7 @@ class StepResult:
     num_targets: int
     num_bytes: int
     reports: dict[str, RouterReport]
+    ends: bool = False
     finding: Finding | None = None
     document_ids: frozenset[int] = frozenset()
 
@@ -112,12 +114,14 @@ def train_step(
     lr: float,
     memory: StreamMemory | None = None,
     past: WatchState | None = None,
+    is_asked_to_end: Callable[[], bool] = lambda: False,
     tell: Callable[[StepResult], None] = lambda result: None,
 ) -> StepResult:
     """Runs step number `step` (0 is the first) on the next micro-steps of `batches`.
 
-    memory: of this rank's streams, where a mixer has memory; it moves on with the rows. past: what is known of the steps before. tell:
-    called for a bad step, on every rank, before anything is raised. A step that is skipped leaves weights, moments, states and memory
+    memory: of this rank's streams, where a mixer has memory; it moves on with the rows. past: what is known of the steps before.
+    is_asked_to_end: of this rank, looked at once the gradients are there. tell: called for a bad step, on every rank, before anything is
+    raised. A step that is skipped leaves weights, moments, states and memory
     as they were; after one that asks for a rollback only weights and moments are.
 
     Raises:
@@ -131,7 +135,9 @@ def train_step(
     results: list[StepResult] = []
 
     def accept(grad_norm: float) -> bool:
-        result = _reduce(totals, world, grad_norm=grad_norm, accumulation_steps=settings.accumulation_steps)
+        result = _reduce(
+            totals, world, grad_norm=grad_norm, ends=is_asked_to_end(), accumulation_steps=settings.accumulation_steps
+        )
         finding = judge(settings.watch, past or WatchState(), result.figures, step=step + 1)
         if finding is not None:
             result = replace(result, finding=finding, document_ids=_documents(totals))
@@ -219,13 +225,13 @@ def _next_batch(batches: Iterator[Batch], world: World) -> tuple[Batch, int]:
     return batch, max(1, num_targets)
 
 
-def _reduce(totals: _Totals, world: World, *, grad_norm: float, accumulation_steps: int) -> StepResult:
-    """Sums over all ranks, by one all-reduce of 48 bytes.
+def _reduce(totals: _Totals, world: World, *, grad_norm: float, ends: bool, accumulation_steps: int) -> StepResult:
+    """Sums over all ranks, by one all-reduce of 56 bytes.
 
     The norm is rank 0's, and not finite if any rank's is not: whatever is decided by these figures is decided alike on every rank.
     """
     norm = grad_norm if world.rank == 0 else 0.0 * grad_norm
-    counts = torch.tensor([totals.num_targets, totals.num_bytes, norm], dtype=torch.float64)  # exact below 2**53
+    counts = torch.tensor([totals.num_targets, totals.num_bytes, norm, ends], dtype=torch.float64)  # exact below 2**53
     losses = torch.stack([totals.loss, totals.auxiliary_loss, totals.nats])
     sums = world.sum(torch.cat([losses, counts.to(losses.device)])).tolist()
     return StepResult(
@@ -236,6 +242,7 @@ def _reduce(totals: _Totals, world: World, *, grad_norm: float, accumulation_ste
         num_targets=int(sums[3]),
         num_bytes=int(sums[4]),
         reports=totals.reports,
+        ends=sums[6] > 0,
     )
 
 

@@ -27,6 +27,7 @@ from train.crash import CrashFile
 from train.job import Job
 from train.manifest import read_manifest
 from train.metrics import Reporter
+from train.preemption import Preemption
 from train.resume import restore, save
 from train.run import open_saver_of, train
 from train.run_folder import RunFolder
@@ -96,7 +97,9 @@ def visit(values: dict[str, Any], dtype: str) -> None:
         engine = build_engine(build_model(config, vocab_size=data.train.vocab_size))
         reporter = Reporter(is_main=False, total_steps=config.run.steps)
         saver = kept_open.enter_context(open_saver_of(config, world, reporter))
-        job = Job(config, layout, data, world, engine, build_memory(config, world), reporter, saver, crash)
+        job = Job(
+            config, layout, data, world, engine, build_memory(config, world), reporter, saver, crash, Preemption()
+        )
         if latest(job.folder.checkpoints, mesh=world) is not None:
             for fragment in engine.fragments():
                 for held in fragment.tensors.values():

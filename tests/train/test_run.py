@@ -16,6 +16,7 @@ from train.engine import LocalMesh
 from train.evaluate import Evaluation
 from train.job import Job
 from train.metrics import Reporter
+from train.preemption import Preemption
 from train.progress import Progress
 from train.run_folder import RunFolder
 from train.step import StepResult
@@ -67,6 +68,7 @@ def test_tokens_per_second_are_those_of_the_steps_without_evaluations_and_saves(
         reporter=Reporter(is_main=False, total_steps=6),
         saver=cast(Any, SimpleNamespace(look=lambda: None, take_record=dict, finish=lambda: None)),
         crash=CrashFile(RunFolder(tmp_path), ALONE),
+        preemption=Preemption(),
     )
     run.train(job, Progress(step=0, position=0), cast(Any, iter(())))
 

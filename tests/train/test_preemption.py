@@ -1,0 +1,118 @@
+"""A signal in the middle of a run: every rank ends after the same step, with a checkpoint from which the run goes on bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import yaml
+
+from parallel.config import ProcessInfo
+from tests.train.poison import assert_same_tensors
+from tests.train.tiny_job import ALONE, records, tiny_config, write_shards
+from train import run, step
+from train.checkpoint_folder import candidates
+from train.config import Config
+
+pytestmark = pytest.mark.usefixtures("torch_as_it_was")
+MAIN = Path(__file__).resolve().parents[2] / "launcher" / "main.py"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_shards(tmp_path / "shards", seed=1)
+    return tmp_path
+
+
+def config_of(folder: Path, name: str, *, steps: int = 6, stage: int = 0, **data: Any) -> Config:
+    run_section = {"dir": str(folder / name / "run"), "steps": steps, "log_every_steps": 1}
+    return tiny_config(
+        folder,
+        run=run_section,
+        parallel={"zero_stage": stage, "ep_size": 1},
+        data=data,
+        checkpoint={"every_steps": 4, "keep": 20},
+    )
+
+
+def run_and_signal(config: Config, at: dict[int, tuple[int, int]], processes: int = 1) -> str:
+    """How the run ended; at: by step (0 is the first), the rank that gets a signal in it, and which."""
+    rank = int(os.environ.get("RANK", "0")) if processes == 1 else step.torch.distributed.get_rank()
+    info = ALONE
+    if processes > 1:
+        place = {"rank": rank, "world_size": processes, "local_rank": rank, "local_world_size": processes}
+        info = ProcessInfo(**place, master_addr="", master_port=0, launcher="test")
+    forward = step.forward
+
+    def signalled(engine: Any, *args: Any, step: int, **kwargs: Any) -> Any:
+        if engine.model.training and at.get(step, (None, 0))[0] == rank:
+            os.kill(os.getpid(), at[step][1])
+        return forward(engine, *args, step=step, **kwargs)
+
+    with mock.patch.object(step, "forward", signalled):
+        return run.run(config, info)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_asked_to_end_saves_after_the_step_and_goes_on_from_there(folder: Path, number: int):
+    before = signal.getsignal(number)
+    assert run_and_signal(config_of(folder, "parts"), {2: (0, number)}) == "preempted"
+    assert signal.getsignal(number) is before
+    assert candidates(folder / "parts" / "run" / "checkpoints") == ["step_000003"]
+    assert run_and_signal(config_of(folder, "parts"), {}) == "done"
+    assert run_and_signal(config_of(folder, "whole"), {}) == "done"
+    assert_same_tensors(folder / "parts" / "run", folder / "whole" / "run", step=6)
+    assert [r["loss"] for r in records(folder / "parts")] == [r["loss"] for r in records(folder / "whole")]
+
+
+def test_a_signal_in_the_last_step_ends_a_run_that_is_done(folder: Path):
+    assert run_and_signal(config_of(folder, "run", steps=3), {2: (0, signal.SIGTERM)}) == "done"
+
+
+def test_reader_processes_go_on_when_the_whole_group_is_signalled(folder: Path):
+    """As SLURM does it."""
+    folder.joinpath("config.yaml").write_text(
+        yaml.safe_dump(config_of(folder, "run", steps=2000, num_workers=1).model_dump(mode="json"))
+    )
+    command = [
+        sys.executable,
+        str(MAIN),
+        "--config",
+        str(folder / "config.yaml"),
+        "--set",
+        "checkpoint.every_steps=5000",
+    ]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(lambda: (folder / "run" / "run" / "metrics.jsonl").exists(), process)
+        os.killpg(process.pid, signal.SIGTERM)
+        code = process.wait(timeout=60)
+    finally:
+        process.kill()
+    assert code == 85, (folder / "log").read_text()
+    (name,) = candidates(folder / "run" / "run" / "checkpoints")
+    assert (
+        f"asked to end: the checkpoint of step {int(name.removeprefix('step_'))} of 2000"
+        in (folder / "log").read_text()
+    )
+
+
+def wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_all_ranks_end_after_the_same_step_when_one_is_asked(folder: Path, pool: Any, stage: int):
+    config = config_of(folder, "run", stage=stage)
+    assert pool(2).run(run_and_signal, config, {2: (1, signal.SIGTERM)}, 2, timeout=100) == ["preempted"] * 2
+    assert candidates(folder / "run" / "run" / "checkpoints") == ["step_000003"]
