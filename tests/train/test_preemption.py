@@ -90,7 +90,12 @@ def test_reader_processes_go_on_when_the_whole_group_is_signalled(folder: Path):
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(lambda: (folder / "run" / "run" / "metrics.jsonl").exists(), process)
+        metrics = folder / "run" / "run" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+        told = len(records(folder / "run"))
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGTERM)
+        wait_for(lambda: len(records(folder / "run")) > told + 20, process)  # more than what was read ahead
         os.killpg(process.pid, signal.SIGTERM)
         code = process.wait(timeout=60)
     finally:
