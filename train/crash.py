@@ -1,10 +1,13 @@
 """A run that fails leaves crash.json in its folder: why, where, and how to go on. One file, of the first rank to fail.
 
+`python -m train.crash RUN_DIR` prints it, the traceback first.
+
 Owns that file: what is in it, which rank writes it, and that a new start moves it aside. What is wrong with a config or the shards
 (ValueError before the first step) leaves none: nothing had begun. Nor can a process that is killed: the ranks that then miss it write.
 Entered by train/build.py inside the mesh, where the watchdog has already told broken connections from their reasons.
 """
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -15,7 +18,7 @@ import shlex
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -121,3 +124,26 @@ def _sentence(error: Exception) -> str:
     return (
         str(error) if type(error) in (RuntimeError, ValueError) and str(error) else f"{type(error).__name__}: {error}"
     )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints what ended a run. Exit code 1 where no crash.json is."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.crash", description="Says why a run failed, from its crash.json."
+    )
+    parser.add_argument("folder", metavar="RUN_DIR", type=Path)
+    path = RunFolder(parser.parse_args(argv).folder).crash
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        print(f"error: {path} cannot be read ({error.strerror})", file=sys.stderr)
+        return 1
+    for line in told["traceback"] or []:
+        print(line)
+    print(f"rank {told['rank']} of {told['world_size']} on {told['host']}, after step {told['step']}: {told['reason']}")
+    print(f"to go on: {told['resume']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,7 +24,7 @@ from train.optimizer import learning_rate
 from train.preemption import Preemption
 from train.progress import Progress
 from train.resume import restore, roll_back, save
-from train.run_folder import RunFolder, find_changes, write_folder
+from train.run_folder import RunFolder, find_changes, replace_file, write_folder
 from train.run_lock import hold_together
 from train.saver import Saver, open_saver
 from train.step import train_step
@@ -72,9 +72,14 @@ def run(config: Config, info: ProcessInfo) -> Ending:
             batches = job.train_batches(start.position)
             world.barrier()  # every rank has read the run folder, and nothing was refused, before rank 0 writes into it
             on_rank_zero(world, lambda: write_folder(config, shards=data.train.folder))
-            on_rank_zero(world, lambda: (backends.write(folder), set_aside(folder)))
+            on_rank_zero(
+                world, lambda: (backends.write(folder), set_aside(folder), folder.done.unlink(missing_ok=True))
+            )
             crash.begin()
-            return train(job, start, batches)
+            ending = train(job, start, batches)
+            if ending == "done":
+                on_rank_zero(world, lambda: replace_file(folder.done, f"step {config.run.steps}\n"))
+            return ending
 
 
 def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:

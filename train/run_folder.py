@@ -61,6 +61,11 @@ class RunFolder:
         return self.path / "crash.json"
 
     @property
+    def done(self) -> Path:
+        """There, with a line that says the step, once the run has reached run.steps: what a batch script looks for."""
+        return self.path / "done"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

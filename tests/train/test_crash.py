@@ -12,7 +12,7 @@ from tests.train.poison import NAN, Change, run_with
 from tests.train.test_watch_run import run_on
 from tests.train.tiny_job import ALONE, tiny_config, write_shards
 from train import run
-from train.crash import CrashFile, set_aside
+from train.crash import CrashFile, main, set_aside
 from train.run_folder import RunFolder
 from train.run_lock import hold
 
@@ -102,3 +102,14 @@ def test_the_first_rank_to_fail_writes_and_the_later_ones_add_nothing(tmp_path: 
 def test_a_folder_that_cannot_be_written_does_not_hide_the_error(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     fail(crash_file(tmp_path / "gone", rank=0), RuntimeError("the true reason"))
     assert "crash.json cannot be written" in caplog.text
+
+
+def test_the_file_is_printed_with_the_traceback_on_top(folder: Path, capsys: pytest.CaptureFixture[str]):
+    sentence = run_with(tiny_config(folder, run={"steps": 4}, **DUE), Change(poison={4 * 3: NAN}))
+    capsys.readouterr()
+    assert main([str(folder / "run")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-2] == f"rank 0 of 1 on {socket.gethostname()}, after step 3: {sentence}"
+    assert "step_000002" in lines[-1]
+    assert main([str(folder)]) == 1

@@ -148,3 +148,15 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run_with_a_sentence(folder:
     monkeypatch.setattr("train.measure.evaluate", lambda *_, **__: broken)
     with pytest.raises(RuntimeError, match="the held-out loss must be finite, but after step 3 it is nan"):
         run(tiny_config(folder), ALONE)
+
+
+def test_the_done_marker_is_there_exactly_while_the_run_has_reached_its_steps(folder: Path):
+    done = folder / "run" / "done"
+    run(tiny_config(folder, run={"steps": 2}), ALONE)
+    assert done.read_text() == "step 2\n"
+    seen: list[bool] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.run.save", lambda job, at: seen.append(done.exists()))
+        run(tiny_config(folder, run={"steps": 3}), ALONE)
+    assert seen == [False]
+    assert done.read_text() == "step 3\n"

@@ -1,0 +1,139 @@
+#!/bin/bash
+# Trains configs/switchall_1b.yaml on two nodes of 8 GPUs; goes on by itself after a preemption, a time limit, a dead node or a bad one.
+#
+#   sbatch slurm/train_1b.sh                                from the folder of the clone; slurm/README.md tells of a day with it
+#   sbatch --nodes=4 slurm/train_1b.sh --set optim.lr=5.0e-4      any number of nodes; what follows the script goes to launcher/main.py
+#
+# What differs from site to site is in env.sh. What may be set in the environment of sbatch:
+#   CONFIG, RUN_DIR   the config, and the run folder: another run needs another one
+#   PREFLIGHT=0       does not look at the nodes first
+#   RANK_LOGS=1       one log for each rank beside the job's
+#   LAUNCH            srun (one task for each GPU) | torchrun | deepspeed | mpirun: who starts the ranks. Only srun requeues
+#
+#SBATCH --job-name=switchall_1b
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=logs/%x-%j.out
+# SIGTERM goes to the ranks 300 s before the time limit, and when SLURM preempts: they save after the step they are in and end with
+# 85. A save takes seconds (--dry-run says how many), a step less; the rest is for an evaluation that has just begun.
+
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?this is a batch script: start it with sbatch}"
+if [ ! -f launcher/main.py ]; then
+    echo "error: sbatch must be called in the folder of the clone, but it was called in $PWD" >&2
+    exit 2
+fi
+CONTAINER=()
+source "${ENV_SH:-slurm/env.sh}"
+CONFIG=${CONFIG:-configs/switchall_1b.yaml}
+RUN_DIR=${RUN_DIR:-runs/$SLURM_JOB_NAME}
+TRAINER=(launcher/main.py --config "$CONFIG" --set run.dir="$RUN_DIR" "$@")
+RESTARTS=${SLURM_RESTART_COUNT:-0} # not set in the first start
+say() { echo "$(date +%FT%T) [job $SLURM_JOB_ID, restart $RESTARTS] $*"; }
+
+# ---- settings, each with its reason ----
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK       # since SLURM 22.05 srun no longer takes it over from sbatch
+export OMP_NUM_THREADS=1                             # a run repeats its losses only with the same number of threads
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1       # the last words of a rank that dies are in the log
+export TRITON_CACHE_DIR=${TMPDIR:-/tmp}/triton-$USER # on the node's own disk: ranks of all nodes in one folder on a shared one wait for locks
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}                # the reason of a failure, and nothing else
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1             # a broken link ends the rank instead of leaving it in a collective for ever
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # rows received differ in number from step to step
+
+# ---- is there any sense in starting? ----
+newest() { # the checkpoint that `latest` names, as in: CHECKSUM  step_000100/manifest.json
+    [ -f "$RUN_DIR/checkpoints/latest" ] && sed 's|.* \(step_[0-9]*\)/.*|\1|' "$RUN_DIR/checkpoints/latest" || echo "the beginning"
+}
+mkdir -p "$RUN_DIR"
+ATTEMPTS=$RUN_DIR/attempts-$SLURM_JOB_ID
+newest >>"$ATTEMPTS"
+if [ "$(wc -l <"$ATTEMPTS")" -gt 2 ] && [ "$(tail -n 3 "$ATTEMPTS" | sort -u | wc -l)" = 1 ]; then
+    say "stopped: this is the third start from $(newest), the two before made no progress; find out why in this log, then sbatch again"
+    exit 1
+fi
+say "start on $SLURM_JOB_NODELIST from $(newest); $(git describe --always --dirty 2>/dev/null || echo 'no git')"
+
+# ---- are the nodes well? A bad one is excluded from the job, which goes back into the queue ----
+if [ "${PREFLIGHT:-1}" = 1 ]; then
+    BAD=$RUN_DIR/bad-nodes-$SLURM_JOB_ID
+    rm -f "$BAD"
+    rc=0
+    srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${CONTAINER[@]}" \
+        "$PYTHON" launcher/preflight.py --config "$CONFIG" --set run.dir="$RUN_DIR" "$@" --bad-nodes-file "$BAD" || rc=$?
+    if [ "$rc" != 0 ] && [ -s "$BAD" ]; then
+        say "bad nodes: $(cat "$BAD"); they are excluded and the job goes back into the queue"
+        trap '' TERM # requeueing ends this script; the two lines after it need a moment
+        scontrol requeuehold "$SLURM_JOB_ID"
+        excluded=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | grep -v '(null)' || true)
+        scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="$(cat "$BAD")${excluded:+,$excluded}"
+        scontrol release "$SLURM_JOB_ID"
+        exit 1
+    elif [ "$rc" != 0 ]; then
+        say "stopped: the preflight ended with $rc, and no node can be blamed for it (see above)"
+        exit 1
+    fi
+fi
+
+# ---- train ----
+MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+PORT=$((20000 + SLURM_JOB_ID % 10000)) # as launcher/environment.py has it: two jobs on one node do not meet
+LOGS=()
+[ "${RANK_LOGS:-0}" = 1 ] && LOGS=(--output="logs/%x-%j-%t.out")
+# --kill-on-bad-exit: one dead rank ends the others. --wait: they get a minute for their last words.
+SRUN=(srun --kill-on-bad-exit=1 --wait=60 --label "${LOGS[@]}" "${CONTAINER[@]}")
+ONE_EACH=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1)
+case ${LAUNCH:-srun} in
+srun) COMMAND=("${SRUN[@]}" "$PYTHON" "${TRAINER[@]}") ;;
+torchrun) COMMAND=("${SRUN[@]}" "${ONE_EACH[@]}" "$PYTHON" -m torch.distributed.run --nnodes="$SLURM_NNODES"
+    --nproc-per-node="$SLURM_NTASKS_PER_NODE" --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$MASTER:$PORT" "${TRAINER[@]}") ;;
+deepspeed)
+    HOSTFILE=$RUN_DIR/hostfile-$SLURM_JOB_ID
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$SLURM_NTASKS_PER_NODE/" >"$HOSTFILE"
+    # --no_ssh: srun starts one of its launchers on each node, which needs to know the node's number there
+    COMMAND=("${SRUN[@]}" "${ONE_EACH[@]}" bash -c '"$0" --no_ssh --node_rank="$SLURM_NODEID" "$@"' "${PYTHON%/*}/deepspeed"
+        --hostfile="$HOSTFILE" --master_addr="$MASTER" --master_port="$PORT" "${TRAINER[@]}") ;;
+mpirun) COMMAND=(mpirun -n "$SLURM_NTASKS" --bind-to none "$PYTHON" "${TRAINER[@]}") ;;
+*)
+    echo "error: LAUNCH must be srun, torchrun, deepspeed or mpirun, but it is $LAUNCH" >&2
+    exit 2
+    ;;
+esac
+
+# This shell hears SIGTERM where the whole job is ended: by scancel, or by a preemption after which SLURM itself requeues.
+ended_from_outside=0
+trap 'ended_from_outside=1' TERM
+rc=0
+"${COMMAND[@]}" &
+step=$!
+wait "$step" || rc=$?
+while kill -0 "$step" 2>/dev/null; do # `wait` returns when the trap has run
+    rc=0
+    wait "$step" || rc=$?
+done
+
+# ---- what next? ----
+if [ "$ended_from_outside" = 1 ]; then
+    say "ended from outside at $(newest); no requeue"
+    exit "$rc"
+elif [ "$rc" = 85 ]; then
+    say "ended early at $(newest); the job goes back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # the requeue ends this script
+elif [ "$rc" = 0 ] && [ -f "$RUN_DIR/done" ]; then
+    say "done: $(cat "$RUN_DIR/done")"
+elif [ "$rc" = 0 ]; then
+    say "failed: srun ended with 0 but $RUN_DIR/done is missing: a node failed; SLURM requeues the job if it may"
+    exit 1
+else
+    say "failed with $rc at $(newest)"
+    "$PYTHON" -m train.crash "$RUN_DIR" || true
+    exit "$rc"
+fi
