@@ -56,10 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             dry_run(config, info, _plan(args))
         else:
-            from train import preemption, run
+            from train import run
+            from train.preemption import EXIT_CODE, Preemption
 
-            if run.run(config, info) == "preempted":
-                return preemption.EXIT_CODE
+            preemption = Preemption()
+            preemption.listen()
+            if run.run(config, info, preemption) == "preempted":
+                return EXIT_CODE
     except (ValueError, RuntimeError, OSError) as error:
         if not _is_sentence(error):
             traceback.print_exception(error)

@@ -25,6 +25,6 @@ if [ "$element" -ge $# ]; then
 fi
 export CONFIG=${configs[element]}
 name=${CONFIG##*/}
-export RUN_DIR=runs/sweep-$SLURM_ARRAY_JOB_ID/${name%.yaml}
+export RUN_DIR=${RUNS:-runs}/sweep-$SLURM_ARRAY_JOB_ID/${name%.yaml}
 set --
 source slurm/train_1b.sh

@@ -43,7 +43,7 @@ say() { echo "$(date +%FT%T) [job $SLURM_JOB_ID, restart $RESTARTS] $*"; }
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK       # since SLURM 22.05 srun no longer takes it over from sbatch
 export OMP_NUM_THREADS=1                             # a run repeats its losses only with the same number of threads
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1       # the last words of a rank that dies are in the log
-export TRITON_CACHE_DIR=${TMPDIR:-/tmp}/triton-$USER # on the node's own disk: ranks of all nodes in one folder on a shared one wait for locks
+export TRITON_CACHE_DIR=${TMPDIR:-/tmp}/triton-$(id -un) # on the node's own disk: ranks of all nodes in one folder on a shared one wait for locks
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}                # the reason of a failure, and nothing else
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1             # a broken link ends the rank instead of leaving it in a collective for ever
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # rows received differ in number from step to step

@@ -5,10 +5,7 @@ it: the step's own all-reduce tells the others (train/step.py), all save after t
 EXIT_CODE, by which a batch script knows that the same command goes on (slurm/train_1b.sh). A second signal changes nothing: the save is on.
 """
 
-import contextlib
 import signal
-import threading
-from collections.abc import Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -21,18 +18,11 @@ class Preemption:
     def __init__(self) -> None:
         self.is_asked = False
 
-    @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
-        """Inside, the signals do not end the process. Python hears signals in its main thread only; in another nothing is changed."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._remember) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def listen(self) -> None:
+        """From now on the signals do not end the process, not even while it ends: srun sends SIGTERM to the other ranks as soon as the
+        first has ended with EXIT_CODE, and the job's exit code would be that of a rank that died of it. To be called in the main thread."""
+        for number in SIGNALS:
+            signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.is_asked = True

@@ -35,8 +35,8 @@ from train.watch import after
 Ending = Literal["done", "preempted"]
 
 
-def run(config: Config, info: ProcessInfo) -> Ending:
-    """Trains until run.steps, from the newest whole checkpoint if the run folder holds one; or until a signal asks it to end.
+def run(config: Config, info: ProcessInfo, preemption: Preemption | None = None) -> Ending:
+    """Trains until run.steps, from the newest whole checkpoint if the run folder holds one; or until a rank is asked to end.
 
     Raises:
         ValueError: something in the config does not fit the processes, the shards or the run folder; nothing was written.
@@ -47,8 +47,8 @@ def run(config: Config, info: ProcessInfo) -> Ending:
     changes = find_changes(config)
     device = set_up_torch(config, info)
     folder = RunFolder(Path(config.run.dir))
-    crash, preemption = CrashFile(folder, info), Preemption()
-    with preemption.heard(), open_world(config, info, layout, device=device, crash=crash) as (world, build_engine):
+    crash = CrashFile(folder, info)
+    with open_world(config, info, layout, device=device, crash=crash) as (world, build_engine):
         model = build_model(config, vocab_size=data.train.vocab_size)
         backends, kernel_notes = choose_kernels(config, layout, world)
         backends.apply(model)
@@ -67,7 +67,7 @@ def run(config: Config, info: ProcessInfo) -> Ending:
             for note in [*config.model.notes(), *kernel_notes, *exchanges, *changed]:
                 reporter.say(note)
             memory = build_memory(config, world)
-            job = Job(config, layout, data, world, engine, memory, reporter, saver, crash, preemption)
+            job = Job(config, layout, data, world, engine, memory, reporter, saver, crash, preemption or Preemption())
             start = restore(job)
             batches = job.train_batches(start.position)
             world.barrier()  # every rank has read the run folder, and nothing was refused, before rank 0 writes into it

@@ -17,6 +17,7 @@ from parallel.predict import Hardware
 from train.config import Config
 from train.config_errors import fields
 from train.dry_run import Plan
+from train.preemption import Preemption
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = str(ROOT / "launcher" / "main.py")
@@ -50,9 +51,10 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config, P
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(Preemption, "listen", lambda self: None)
 
     def replace(body: Callable[[Config, ProcessInfo], None]) -> None:
-        monkeypatch.setattr(train.run, "run", body)
+        monkeypatch.setattr(train.run, "run", lambda config, info, preemption: body(config, info))
 
     return replace
 

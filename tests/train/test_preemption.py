@@ -18,6 +18,7 @@ from tests.train.tiny_job import ALONE, records, tiny_config, write_shards
 from train import run, step
 from train.checkpoint_folder import candidates
 from train.config import Config
+from train.preemption import SIGNALS, Preemption
 
 pytestmark = pytest.mark.usefixtures("torch_as_it_was")
 MAIN = Path(__file__).resolve().parents[2] / "launcher" / "main.py"
@@ -54,15 +55,20 @@ def run_and_signal(config: Config, at: dict[int, tuple[int, int]], processes: in
             os.kill(os.getpid(), at[step][1])
         return forward(engine, *args, step=step, **kwargs)
 
-    with mock.patch.object(step, "forward", signalled):
-        return run.run(config, info)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    preemption = Preemption()
+    preemption.listen()
+    try:
+        with mock.patch.object(step, "forward", signalled):
+            return run.run(config, info, preemption)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_that_is_asked_to_end_saves_after_the_step_and_goes_on_from_there(folder: Path, number: int):
-    before = signal.getsignal(number)
     assert run_and_signal(config_of(folder, "parts"), {2: (0, number)}) == "preempted"
-    assert signal.getsignal(number) is before
     assert candidates(folder / "parts" / "run" / "checkpoints") == ["step_000003"]
     assert run_and_signal(config_of(folder, "parts"), {}) == "done"
     assert run_and_signal(config_of(folder, "whole"), {}) == "done"

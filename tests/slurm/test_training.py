@@ -1,0 +1,128 @@
+"""slurm/train_tiny.sh, whose body is that of train_1b.sh, on a real SLURM: what it survives, and what it refuses."""
+
+import contextlib
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import LOGIN, Cluster
+from tests.slurm.jobs import Jobs, train_here
+
+pytestmark = pytest.mark.timeout(400)  # of a busy machine; together they take 3 minutes on an idle one
+
+
+def test_a_job_that_is_preempted_goes_on_and_has_the_losses_of_a_run_without_slurm(jobs: Jobs, pool):
+    """Two nodes with two ranks each."""
+    job = jobs.submit("train")
+    jobs.at_step("train", 10)
+    jobs.cluster.signal(job, "TERM")
+    state = jobs.wait(job, limit_s=250)
+    log = jobs.log("train")
+    assert (state.state, state.restarts) == ("COMPLETED", 1), log
+    assert re.search(r"restart 0\] ended early at step_\d{6}; the job goes back into the queue", log)
+    assert re.search(r"restart 1\] start on n\[1-2\] from step_\d{6}", log)
+    assert "restart 1] done: step 100" in log
+
+    pool(4).run(train_here, jobs.config, "here", processes=4, per_node=2, timeout=200)
+    assert jobs.losses("train") == jobs.losses("here")
+    assert len(jobs.losses("train")) == 100
+
+
+def test_a_rank_that_is_killed_ends_the_job_with_what_the_others_saw(jobs: Jobs):
+    job = jobs.submit("killed", sets=("run.steps=100000",))
+    jobs.at_step("killed", 5)
+    began = time.monotonic()
+    os.kill(a_rank_of(jobs.folder / "killed"), signal.SIGKILL)
+    state = jobs.wait(job)
+    assert time.monotonic() - began < 30
+    log = jobs.log("killed")
+    assert (state.state, state.restarts) == ("FAILED", 0)
+    told = log[log.index("failed with") :]
+    assert re.search(r"rank \d of 4 on n[12], after step \d+: .*rank \d of 4", told), log
+    assert "to go on: the same command in the same folder" in told
+
+
+def a_rank_of(folder: Path) -> int:
+    """The process number of rank 3 of the run in `folder`."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            command = process.joinpath("cmdline").read_bytes().split(b"\0")
+            variables = process.joinpath("environ").read_bytes().split(b"\0")
+            if f"run.dir={folder}".encode() in command and b"SLURM_PROCID=3" in variables:
+                return int(process.name)
+    raise AssertionError("there is no such rank")
+
+
+def test_a_job_that_is_cancelled_saves_and_does_not_come_back(jobs: Jobs):
+    job = jobs.submit("cancelled", sets=("run.steps=100000",))
+    jobs.at_step("cancelled", 5)
+    jobs.cluster.on(LOGIN, "scancel", str(job))
+    state = jobs.wait(job)
+    assert (state.state, state.restarts) == ("CANCELLED", 0)
+    assert re.search(r"ended from outside at step_\d{6}; no requeue", jobs.log("cancelled")), jobs.log("cancelled")
+
+
+def test_a_second_job_on_a_run_folder_is_refused_and_the_first_goes_on(jobs: Jobs):
+    first = jobs.submit("shared", "--nodes=1", sets=("run.steps=100000",))
+    jobs.at_step("shared", 5)
+    second = jobs.submit("shared", "--nodes=1")
+    assert jobs.wait(second).state == "FAILED"
+    assert re.search(r"one process at a time", jobs.log("shared"))
+    done = len(jobs.losses("shared"))
+    jobs.at_step("shared", done + 5)
+    jobs.cluster.on(LOGIN, "scancel", str(first))
+
+
+def test_each_element_of_an_array_trains_its_config_in_a_folder_of_its_own(jobs: Jobs):
+    text = (jobs.folder / "tiny.yaml").read_text()
+    for name, steps in (("one", 4), ("two", 6)):
+        (jobs.folder / f"{name}.yaml").write_text(text.replace("steps: 100", f"steps: {steps}"))
+    options = ("--array=0-1", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--mem=100")
+    output = f"--output={jobs.folder}/sweep-%A_%a.out"
+    configs = [str(jobs.folder / f"{name}.yaml") for name in ("one", "two")]
+    job = jobs.cluster.submit(
+        *options,
+        output,
+        "slurm/sweep.sh",
+        *configs,
+        PREFLIGHT="0",
+        RUNS=str(jobs.folder / "runs"),
+        DS_ACCELERATOR="cpu",
+    )
+    for element in (0, 1):
+        assert jobs.wait(f"{job}_{element}").state == "COMPLETED", (
+            jobs.folder / f"sweep-{job}_{element}.out"
+        ).read_text()
+    assert [len(jobs.losses(f"runs/sweep-{job}/{name}")) for name in ("one", "two")] == [4, 6]
+
+
+def test_mpirun_starts_the_ranks_too(jobs: Jobs, pool):
+    job = jobs.submit(
+        "mpirun", sets=("run.steps=4",), LAUNCH="mpirun", OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1"
+    )
+    assert jobs.wait(job).state == "COMPLETED", jobs.log("mpirun")
+    assert len(jobs.losses("mpirun")) == 4
+
+
+def test_a_job_that_starts_three_times_from_the_same_checkpoint_stops(jobs: Jobs):
+    job = jobs.submit("stuck", "--hold")
+    (jobs.folder / "stuck").mkdir()
+    (jobs.folder / "stuck" / f"attempts-{job}").write_text("the beginning\n" * 2)
+    jobs.cluster.on(LOGIN, "scontrol", "release", str(job))
+    assert jobs.wait(job).state == "FAILED"
+    assert "stopped: this is the third start from the beginning, the two before made no progress" in jobs.log("stuck")
+
+
+def test_slurm_accepts_every_script_as_it_is(cluster: Cluster):
+    for script in ("train_1b.sh", "train_tiny.sh", "sweep.sh"):
+        assert "to start at" in cluster.on(LOGIN, "sbatch", "--test-only", f"slurm/{script}")
+
+
+def test_a_script_that_is_submitted_from_another_folder_says_so(jobs: Jobs):
+    job = jobs.cluster.submit(f"--output={jobs.folder}/far.out", f"{os.getcwd()}/slurm/train_1b.sh", cwd=jobs.folder)
+    assert jobs.wait(job).code == 2
+    assert "must be called in the folder of the clone" in (jobs.folder / "far.out").read_text()
