@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             preemption = Preemption()
             preemption.listen()
             if run.run(config, info, preemption) == "preempted":
+                preemption.ignore()
                 return EXIT_CODE
     except (ValueError, RuntimeError, OSError) as error:
         if not _is_sentence(error):

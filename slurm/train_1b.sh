@@ -100,7 +100,10 @@ deepspeed)
     # --no_ssh: srun starts one of its launchers on each node, which needs to know the node's number there
     COMMAND=("${SRUN[@]}" "${ONE_EACH[@]}" bash -c '"$0" --no_ssh --node_rank="$SLURM_NODEID" "$@"' "${PYTHON%/*}/deepspeed"
         --hostfile="$HOSTFILE" --master_addr="$MASTER" --master_port="$PORT" "${TRAINER[@]}") ;;
-mpirun) COMMAND=(mpirun -n "$SLURM_NTASKS" --bind-to none "$PYTHON" "${TRAINER[@]}") ;;
+mpirun)
+    export MASTER_ADDR=$MASTER MASTER_PORT=$PORT # MPI does not say where rank 0 is
+    COMMAND=(mpirun -n "$SLURM_NTASKS" --bind-to none "$PYTHON" "${TRAINER[@]}")
+    ;;
 *)
     echo "error: LAUNCH must be srun, torchrun, deepspeed or mpirun, but it is $LAUNCH" >&2
     exit 2

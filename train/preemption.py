@@ -19,10 +19,18 @@ class Preemption:
         self.is_asked = False
 
     def listen(self) -> None:
-        """From now on the signals do not end the process, not even while it ends: srun sends SIGTERM to the other ranks as soon as the
-        first has ended with EXIT_CODE, and the job's exit code would be that of a rank that died of it. To be called in the main thread."""
+        """From now on the signals do not end the process. To be called in the main thread."""
         for number in SIGNALS:
             signal.signal(number, self._remember)
+
+    def ignore(self) -> None:
+        """From now on they are not even heard, which lasts to the very end: where there is a handler, Python restores what was before it.
+
+        srun sends SIGTERM to the other ranks as soon as the first has ended with EXIT_CODE; the job's exit code would be that of a rank
+        that died of it.
+        """
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.is_asked = True

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,bf_resolution=1
 ReturnToService=2
-KillWait=20
+KillWait=60
 SlurmctldTimeout=10
 SlurmdTimeout=15
 GresTypes=gpu
@@ -122,13 +122,13 @@ class Cluster:
                 self.kill_node(name)
                 subprocess.run(["ip", "netns", "del", self._prefix + name], timeout=30, check=False)
 
-    def on(self, node: str, *command: str, cwd: Path | None = None, limit_s: float = 30.0, **environ: str) -> str:
+    def on(self, node: str, *command: str, cwd: Path = ROOT, environ: Mapping[str, str] | None = None) -> str:
         """What `command` prints there. RuntimeError with it if it fails."""
         done = subprocess.run(
             [*self._entry(node), *command],
-            env=self._environ | environ,
-            cwd=cwd or ROOT,
-            timeout=limit_s,
+            env={**self._environ, **(environ or {})},
+            cwd=cwd,
+            timeout=30.0,
             check=False,
             text=True,
             stdout=subprocess.PIPE,
@@ -138,9 +138,9 @@ class Cluster:
             raise RuntimeError(f"{' '.join(command)} ends with {done.returncode}: {done.stdout}")
         return done.stdout
 
-    def submit(self, *arguments: str, cwd: Path | None = None, **environ: str) -> int:
+    def submit(self, *arguments: str, cwd: Path = ROOT, environ: Mapping[str, str] | None = None) -> int:
         """The number of the job."""
-        return int(self.on(LOGIN, "sbatch", "--parsable", *arguments, cwd=cwd, **environ).split()[-1])
+        return int(self.on(LOGIN, "sbatch", "--parsable", *arguments, cwd=cwd, environ=environ).split()[-1])
 
     def job(self, job: int | str) -> JobState:
         text = self.on(LOGIN, "scontrol", "--oneliner", "show", "job", str(job)).splitlines()[0]

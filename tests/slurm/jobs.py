@@ -16,7 +16,7 @@ from tests.slurm.cluster import Cluster, JobState, wait_until
 from train.config import Config
 from train.run import run
 
-START_S = 100.0  # from submission to the first step: 12 s on an idle machine
+START_S = 180.0  # from submission to the first step: 12 s on an idle machine, ten times that on a busy one
 
 
 class Jobs:
@@ -37,10 +37,14 @@ class Jobs:
             assert variable not in os.environ
         if not self.cluster.has_namespaces:
             environ["MASTER_ADDR"] = "127.0.0.1"
-        number = self.cluster.submit(
-            f"--output={self.folder}/{name}-%j.out", f"--job-name={name}", *options, f"slurm/{script}", *settings,
-            **(environ | env),
-        )  # fmt: skip
+        arguments = [
+            f"--output={self.folder}/{name}-%j.out",
+            f"--job-name={name}",
+            *options,
+            f"slurm/{script}",
+            *settings,
+        ]
+        number = self.cluster.submit(*arguments, environ=environ | env)
         self.numbers.append(number)
         return number
 
@@ -73,7 +77,7 @@ class Jobs:
                 self.cluster.wait(number, limit_s=60.0)
 
 
-def train_here(config: Config, name: str, *, processes: int, per_node: int) -> str:
+def train_here(config: Config, name: str, processes: int, per_node: int) -> str:
     """The same run on a worker of a warm pool, with as many processes on a node as SLURM would say."""
     rank = torch.distributed.get_rank()
     info = ProcessInfo(
