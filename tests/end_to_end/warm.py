@@ -80,7 +80,7 @@ class Rank:
             os.kill(self.pid, number)
 
     def said(self) -> str:
-        return self.log.read_text(errors="replace")[-6000:] if self.log.exists() else ""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
 @dataclass
