@@ -54,7 +54,8 @@ class Kill:
         )
         return cls(
             signal=name or draw.choice(list(SIGNALS)),
-            of_all=draw.random() < 0.5,
+            # the ranks wait 600 s for one that dies before they have met; its launcher ends them
+            of_all=where == "at any time" or draw.random() < 0.5,
             where=where,
             time_of=1 if where in AT_THE_START else draw.randint(1, 2 if where in POINTS else 6),
             delay_s=draw.uniform(0.0, 2.0 if where == "at any time" else 0.15),
@@ -77,9 +78,10 @@ def strike(run: Run, kill: Kill, draw: random.Random) -> tuple[Job, int]:
         if kill.where in POINTS:
             wait_until((folder / "reached").exists, job)
         elif kill.where == "in a step":
-            wait_until(lambda: run.told() >= before + kill.time_of and resumed(job, before), job)
+            wait_until(lambda: resumed_and_told(run, job, before) >= before + kill.time_of, job)
         else:
-            wait_until(lambda: time.monotonic() > began + kill.delay_s or run.told() >= before + 6, job)
+            over = began + kill.delay_s
+            wait_until(lambda: time.monotonic() > over or resumed_and_told(run, job, before) >= before + 6, job)
         if kill.where != "at any time":
             time.sleep(kill.delay_s)
         told = run.told()
@@ -107,9 +109,9 @@ def that_fits(kill: Kill, run: Run, draw: random.Random) -> Kill:
     return kill
 
 
-def resumed(job: Job, step: int) -> bool:
-    """metrics.jsonl has lines of the start before until this one has said where it goes on."""
-    return step == 0 or resumed_step(job) == step
+def resumed_and_told(run: Run, job: Job, step: int) -> int:
+    """The last step told; `step` until this start has said where it goes on: metrics.jsonl has lines of the start before."""
+    return run.told() if step == 0 or resumed_step(job) == step else step
 
 
 def drill(
