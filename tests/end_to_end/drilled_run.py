@@ -3,7 +3,6 @@
 Called by test_kills.py and test_disks_and_clocks.py; the fixtures are in conftest.py.
 """
 
-import json
 import re
 import time
 from collections.abc import Callable
@@ -34,12 +33,13 @@ MODEL = {
 
 @dataclass(frozen=True)
 class Place:
-    """A layout."""
+    """A layout; readers: reader processes of each rank, which run ahead of the training."""
 
     processes: int
     ep_size: int
     zero_stage: int
     exchange: str = "auto"
+    readers: int = 0
 
 
 @dataclass
@@ -66,6 +66,7 @@ class Run:
                 "sequence_length": LENGTH,
                 "global_batch_size": ROWS,
                 "streams": STREAMS,
+                "num_workers": self.place.readers,
             },
             "model": MODEL,
             "parallel": {
@@ -149,7 +150,3 @@ def assert_same_curve(run: Run, expected: dict[int, dict[str, Any]], *, whole: b
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def crash_reason(run: Run) -> str:
-    return json.loads((run.run / "crash.json").read_text())["reason"]

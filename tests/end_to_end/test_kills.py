@@ -32,6 +32,7 @@ END_S = 90
 MOST_STEPS = 12  # that a start makes before it is killed: two saves, and what is done behind the second
 
 ALONE, EXPERTS, REPLICAS = Place(1, 1, 0), Place(2, 2, 1), Place(2, 1, 2)
+READERS = Place(2, 2, 2, "tokens", readers=1)
 FOUR = Place(4, 2, 1, "weights")
 
 
@@ -150,7 +151,7 @@ def test_two_kills_one_in_a_save(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("place", [ALONE, EXPERTS, REPLICAS, Place(2, 2, 2, "tokens"), FOUR], ids=str)
+@pytest.mark.parametrize("place", [ALONE, EXPERTS, REPLICAS, READERS, FOUR], ids=str)
 def test_twenty_kills(place: Place, drilled: Callable[..., Run], untouched, token_shards, draw: random.Random):
     """At five places: 100. Eight of the twenty are in a save."""
     steps = 8 * STEPS_PER_EPOCH
