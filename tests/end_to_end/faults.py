@@ -35,7 +35,7 @@ AT_THE_START = {
     "between metrics.jsonl and its rename": (False, r"rename .*/metrics\.partial .*/metrics\.jsonl"),
 }
 POINTS = IN_A_SAVE | AT_THE_START
-WAIT_S = 60
+WAIT_S = 150
 YEAR_S = 365 * 24 * 3600
 
 

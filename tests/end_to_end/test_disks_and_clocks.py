@@ -53,7 +53,7 @@ def test_a_full_disk_costs_no_checkpoint_and_with_space_the_run_goes_on(
     for but_bytes in (0, CHECKPOINT_BYTES // 2):  # not a byte, then room for everything but a checkpoint
         with disk.full(but_bytes=but_bytes) as options:
             job = run.start(**options)
-            assert job.wait(60) == [1], job.ranks[0].said()
+            assert job.wait(120) == [1], job.ranks[0].said()
             said = " ".join(job.ranks[0].said().split())
             assert "(No space left on device)" in said or "(File too large)" in said, said
             assert resumed_step(job) == saved
@@ -74,7 +74,7 @@ def test_a_read_only_folder_is_refused_and_left_as_it_is(disk: Disk, drilled: Ca
     before = files_of(run.run)
     with disk.read_only() as options:
         job = run.start(**options)
-        assert job.wait(60) == [1], job.ranks[0].said()
+        assert job.wait(120) == [1], job.ranks[0].said()
         (line,) = [line for line in job.ranks[0].said().splitlines() if line.startswith("error: ")]
         assert "cannot be written (Read-only file system)" in line or "cannot be written (Permission denied)" in line
         assert "choose another run.dir" in line
@@ -105,7 +105,7 @@ def test_a_second_run_on_a_folder_is_refused_and_the_first_goes_on(drilled: Call
     first = run.start(faults={1: waits})
     wait_until((run.folder / "reached").exists, first)  # in the middle of a save
     second = run.start()
-    assert second.wait(60) == [1, 1]
+    assert second.wait(120) == [1, 1]
     for rank in second.ranks:
         said = " ".join(rank.said().split())
         assert f"must be used by one process at a time, but process {first.ranks[0].pid} on" in said, said
