@@ -1,5 +1,6 @@
 """A full disk, a read-only one, a wall clock that jumps, two runs on one folder: nothing is lost, and the user is told."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -85,12 +86,18 @@ def test_a_read_only_folder_is_refused_and_left_as_it_is(disk: Disk, drilled: Ca
 
 def test_a_wall_clock_that_jumps_by_decades_changes_nothing(drilled: Callable[..., Run], untouched, draw, token_shards):
     run: Run = drilled(EXPERTS, STEPS)
-    faults = {rank: {"clock": draw.random()} for rank in range(2)}
-    job = run.start(faults=faults)
+    clocks = {rank: {"clock": draw.random()} for rank in range(2)}
+    waits = {"point": "between a rank's file and its fsync", "time": 1, "folder": str(run.folder)}
+    job = run.start(faults=clocks | {1: clocks[1] | waits})
+    wait_until(
+        lambda: run.told() >= 2 * SAVE_EVERY, job
+    )  # where the second save waits for the first, and ranks for each other
+    time.sleep(2.0)
+    (run.folder / "go").touch()
     wait_until(lambda: run.told() >= 10, job)
     job.kill()
     saved = run.latest_step()
-    job = run.start(faults=faults)
+    job = run.start(faults=clocks)
     job.finish()
     assert resumed_step(job) == saved
     assert run.latest_step() == STEPS
