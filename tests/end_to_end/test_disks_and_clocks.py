@@ -92,7 +92,7 @@ def test_a_wall_clock_that_jumps_by_decades_changes_nothing(drilled: Callable[..
     wait_until(
         lambda: run.told() >= 2 * SAVE_EVERY, job
     )  # where the second save waits for the first, and ranks for each other
-    time.sleep(2.0)
+    time.sleep(6.0)  # the watchdog needs 5 s to call a wait a hang
     (run.folder / "go").touch()
     wait_until(lambda: run.told() >= 10, job)
     job.kill()
