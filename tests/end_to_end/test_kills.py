@@ -153,7 +153,9 @@ def test_two_kills_one_in_a_save(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("place", [ALONE, EXPERTS, REPLICAS, READERS, FOUR], ids=str)
+@pytest.mark.parametrize(
+    "place", [ALONE, EXPERTS, REPLICAS, READERS, FOUR], ids=["alone", "experts", "replicas", "readers", "four"]
+)
 def test_twenty_kills(place: Place, drilled: Callable[..., Run], untouched, token_shards, draw: random.Random):
     """At five places: 100. Eight of the twenty are in a save."""
     steps = 8 * STEPS_PER_EPOCH
