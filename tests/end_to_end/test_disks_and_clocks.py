@@ -17,6 +17,7 @@ from tests.end_to_end.drilled_run import (
     wait_until,
 )
 from tests.end_to_end.one_token_each import STEPS_PER_EPOCH, assert_nothing_twice_or_left_out
+from tests.end_to_end.warm import Job
 
 ALONE, EXPERTS = Place(1, 1, 0), Place(2, 2, 1)
 STEPS = 2 * STEPS_PER_EPOCH
@@ -87,17 +88,26 @@ def test_a_read_only_folder_is_refused_and_left_as_it_is(disk: Disk, drilled: Ca
 def test_a_wall_clock_that_jumps_by_decades_changes_nothing(drilled: Callable[..., Run], untouched, draw, token_shards):
     run: Run = drilled(EXPERTS, STEPS)
     clocks = {rank: {"clock": draw.random()} for rank in range(2)}
-    waits = {"point": "between a rank's file and its fsync", "time": 1, "folder": str(run.folder)}
-    job = run.start(faults=clocks | {1: clocks[1] | waits})
-    wait_until(
-        lambda: run.told() >= 2 * SAVE_EVERY, job
-    )  # where the second save waits for the first, and ranks for each other
-    time.sleep(6.0)  # the watchdog needs 5 s to call a wait a hang
-    (run.folder / "go").touch()
+
+    def start_and_wait(point: str, *, folder: Path, told: int, seconds: float) -> Job:
+        """Rank 1 waits at the point for so many seconds after that step is told."""
+        folder.mkdir()
+        waits = {"point": point, "time": 1, "folder": str(folder)}
+        job = run.start(faults=clocks | {1: clocks[1] | waits})
+        wait_until(lambda: (folder / "reached").exists() and run.told() >= told, job)
+        time.sleep(seconds)
+        (folder / "go").touch()
+        return job
+
+    # a save waits for the save before it
+    job = start_and_wait(
+        "between a rank's file and its fsync", folder=run.folder / "save", told=2 * SAVE_EVERY, seconds=1.0
+    )
     wait_until(lambda: run.told() >= 10, job)
     job.kill()
     saved = run.latest_step()
-    job = run.start(faults=clocks)
+    # a rank waits for another for longer than the 5 s that the watchdog needs to call it a hang
+    job = start_and_wait("while a checkpoint is read", folder=run.folder / "resume", told=0, seconds=6.0)
     job.finish()
     assert resumed_step(job) == saved
     assert run.latest_step() == STEPS
