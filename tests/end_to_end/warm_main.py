@@ -26,6 +26,8 @@ MODULES = (
     "train.checkpoint",
     "parallel.parallelize",
     "parallel.zero",
+    "parallel.watchdog",
+    "megatron.core.parallel_state",
 )
 
 
@@ -33,7 +35,7 @@ def main() -> None:
     sys.path[0] = str(ROOT)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron.core warns of optional CUDA packages
-        for module in (*MODULES, "parallel.watchdog", "megatron.core.parallel_state"):
+        for module in MODULES:
             __import__(module)
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, "a fork of a process with threads may hang"
