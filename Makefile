@@ -4,7 +4,7 @@
 #   make test     the tests                                                        (ARGS="tests/train -k resume" chooses some)
 #   make check    format, lint, types, spelling, import rules
 #   make fuzz     the property tests with many new examples
-#   make drills   the long tests
+#   make drills   the long tests: kills, layouts, hangs (DRILLS_SEED=7 repeats those that began with it)
 #   make clean    remove what the others made, except runs/
 #
 # PYTHON=python3.11 chooses the interpreter of a new .venv; PIP_ARGS is handed to pip (another index, a mirror, a folder of wheels).

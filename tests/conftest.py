@@ -5,6 +5,7 @@ Called by: pytest.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -20,12 +21,14 @@ settings.register_profile("ci", max_examples=10, deadline=None, derandomize=True
 settings.register_profile("fuzz", max_examples=200, deadline=None, print_blob=True)
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
 settings.load_profile(PROFILE)
+# What the drills of tests/end_to_end leave to chance. In the environment, where those that wish to repeat a drill put it.
+DRILLS_SEED = os.environ.setdefault("DRILLS_SEED", str(time.time_ns() % 10**9))
 
 
 def pytest_report_header() -> str:
     chosen = settings.get_profile(PROFILE)
     examples = "the same every time" if chosen.derandomize else "new ones every time"
-    return f"property tests: profile {PROFILE}, {chosen.max_examples} examples each, {examples}"
+    return f"property tests: profile {PROFILE}, {chosen.max_examples} examples each, {examples}; drills: DRILLS_SEED={DRILLS_SEED}"
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Shards that are passed over: which targets are ignored, that nothing else changes at any layout, and the limit."""
 
 import os
+import re
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -132,6 +133,29 @@ def test_a_shard_cut_at_every_512_bytes_loses_just_the_documents_that_are_cut(fo
         path.write_bytes(content[:size])
         bad = {(2, d) for d, end in enumerate(ends) if end > size}
         assert take(8, make_config(folder)) == rows_without(random_shards, bad, num_rows=64)
+
+
+def test_a_shard_cut_at_every_512_bytes_is_refused_or_counted_by_name(folder):
+    path = tar_of(folder, 2)
+    content = path.read_bytes()
+    for size in range(0, len(content), 512):
+        path.write_bytes(content[:size])
+        said = f"train-000002.tar is truncated: it has {size} bytes and the index says {len(content)}"
+        with pytest.raises(RuntimeError, match=re.escape(said)):
+            open_train(make_config(folder, max_skipped_shards=0))
+        assert list(open_train(make_config(folder)).damaged) == [str(path)]
+
+
+def test_a_shard_cut_at_every_512_bytes_behind_the_index_is_named_by_the_first_document_that_is_cut(folder):
+    path, config = tar_of(folder, 2), make_config(folder, max_skipped_shards=0)
+    split, content = open_train(config), path.read_bytes()
+    with tarfile.open(path) as tar:
+        end = max(member.offset_data + member.size for member in tar)
+    for size in range(0, end, 512):
+        path.write_bytes(content[:size])
+        batches = train_batches(config, split, seed=SEED, accumulation_steps=1, rank=0, num_ranks=1, position=0)
+        with pytest.raises(RuntimeError, match=r"the shard .*train-000002\.tar is damaged at byte"):
+            list(islice(batches, 20))
 
 
 def test_a_step_may_have_no_target_at_all(folder):

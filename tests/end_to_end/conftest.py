@@ -5,19 +5,26 @@ The processes are those of a user: launcher/main.py with the variables that a la
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
 from data.prepare import main as prepare
+
+if TYPE_CHECKING:
+    from tests.end_to_end.drilled_run import Place, Run
+    from tests.end_to_end.one_token_each import TokenShards
+    from tests.end_to_end.warm import Warm
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = ROOT / "launcher" / "main.py"
@@ -184,6 +191,59 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
         return lines[-1].removeprefix("error: ")
 
     return call
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Warm"]:
+    from tests.end_to_end.warm import Warm  # not at the top: the drills' modules are built on this one
+
+    process = Warm(tmp_path_factory.mktemp("warm"))
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="session")
+def token_shards(tmp_path_factory: pytest.TempPathFactory) -> "TokenShards":
+    from tests.end_to_end.one_token_each import write_shards
+
+    return write_shards(tmp_path_factory.mktemp("data") / "tokens", seed=1)
+
+
+@pytest.fixture
+def drilled(token_shards: "TokenShards", warm: "Warm", tmp_path: Path) -> Callable[..., "Run"]:
+    """`drilled(place, steps)`: a run in a folder of its own that has not begun; `changes` are those of its config."""
+    from tests.end_to_end.drilled_run import Run
+
+    def make(place: "Place", steps: int, *, name: str = "drilled", **options: Any) -> "Run":
+        return Run(tmp_path / name, token_shards.folder, place, steps, warm, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def untouched(
+    token_shards: "TokenShards", warm: "Warm", tmp_path_factory: pytest.TempPathFactory
+) -> Callable[["Place", int], dict[int, dict[str, Any]]]:
+    """`untouched(place, steps)`: the records of such a run that nobody has touched, and that waits for its saves."""
+    from tests.end_to_end.drilled_run import Run
+
+    @cache
+    def make(place: "Place", steps: int) -> dict[int, dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("untouched")
+        run = Run(folder, token_shards.folder, place, steps, warm, changes={"checkpoint": {"asynchronous": False}})
+        run.start().finish()
+        assert sorted(run.records()) == list(range(1, steps + 1))
+        return run.records()
+
+    return make
+
+
+@pytest.fixture
+def draw(request: pytest.FixtureRequest) -> random.Random:
+    """What a drill leaves to chance: another thing at each start of the tests, the same with the same DRILLS_SEED."""
+    seed = os.environ["DRILLS_SEED"]
+    print(f"DRILLS_SEED={seed}")
+    return random.Random(f"{seed}/{request.node.name}")
 
 
 def free_port() -> int:

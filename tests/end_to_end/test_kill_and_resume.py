@@ -1,33 +1,29 @@
-"""Promise 2: a run that is killed and started again repeats the losses that it would have had, bit for bit."""
+"""Promise 2 with the real launchers: a run that is killed and started again repeats the losses that it would have had, bit for bit.
 
-import random
+Kills at every kind of instant are in test_kills.py, at starts that take a second instead of ten.
+"""
+
+import os
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import ConfigFile, Processes, records
+from tests.end_to_end.conftest import MAIN, ConfigFile, Processes, free_port, records
+from tests.end_to_end.warm import Warm, start
 
 DEADLINE_S = 120
 FIGURES = ("loss", "auxiliary_loss", "grad_norm", "lr", "position", "routers", "heldout_loss")
+PYTHON = Path(sys.executable)
 
 
 def run_to_the_end(processes: Processes, arguments: list[str], *, ranks: int = 2) -> None:
     processes.start_ranks(ranks, arguments)
     processes.wait()
-
-
-def kill_after_step(
-    processes: Processes, arguments: list[str], folder: Path, *, step: int, delay_s: float = 0.0
-) -> None:
-    """kill -9 of all ranks, `delay_s` after the step's record is on disk."""
-    processes.start_ranks(2, arguments)
-    deadline = time.monotonic() + DEADLINE_S
-    while max(records(folder), default=0) < step:
-        assert time.monotonic() < deadline, processes.log(0)
-        time.sleep(0.005)
-    time.sleep(delay_s)
-    processes.kill()
 
 
 def assert_equal_runs(folder: Path, expected_folder: Path) -> None:
@@ -38,40 +34,73 @@ def assert_equal_runs(folder: Path, expected_folder: Path) -> None:
             assert found[step].get(figure) == expected[step].get(figure), f"{figure} at step {step}"
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
-def test_kill_9_then_the_same_command_repeats_the_losses_bit_for_bit(
-    config: ConfigFile, processes: Processes, zero_stage: int
+def deepspeed(arguments: Sequence[str]) -> list[str]:
+    command = [str(PYTHON.parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
+    return [*command, str(MAIN), *arguments]
+
+
+def torchrun(arguments: Sequence[str]) -> list[str]:
+    command = [str(PYTHON), "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    return [*command, str(MAIN), *arguments]
+
+
+def wait_for_step(processes: Processes, folder: Path, step: int) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while max(records(folder), default=0) < step:
+        assert time.monotonic() < deadline, processes.log(0)
+        time.sleep(0.01)
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """The processes that run launcher/main.py on this test's config, not their launcher."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (place / "cmdline").read_bytes().decode().split("\0")
+        except OSError:  # it has just ended
+            continue
+        if str(MAIN) in words[:4] and str(folder / "config.yaml") in words:
+            found.append(int(place.name))
+    return found
+
+
+def wait_until_all_are_gone(launcher: "subprocess.Popen[bytes]", folder: Path) -> int:
+    """The launcher's exit code. Nothing of a run may be left behind, or the next start finds the folder in use."""
+    code = launcher.wait(90)
+    deadline = time.monotonic() + 60
+    while ranks_of(folder):
+        assert time.monotonic() < deadline, f"the launcher has ended and {ranks_of(folder)} have not"
+        time.sleep(0.1)
+    return code
+
+
+@pytest.mark.timeout(400)
+def test_deepspeed_and_torchrun_are_killed_and_the_same_run_goes_on(
+    config: ConfigFile, processes: Processes, warm: Warm, tmp_path: Path
 ):
-    stage = f"parallel.zero_stage={zero_stage}"
-    whole = config.folder.parent / "uninterrupted"
-    run_to_the_end(processes, config.arguments(stage, f"run.dir={whole}"))
-    assert sorted(records(whole)) == list(range(1, 13))
+    whole, steps = tmp_path / "uninterrupted", 24
+    arguments = config.arguments(f"run.steps={steps}")
+    reference = start(warm, [*arguments, "--set", f"run.dir={whole}"], ranks=2, logs=tmp_path / "logs")
 
-    seed = time.time_ns()
-    kill_at = random.Random(seed).randint(5, 11)  # past the first checkpoint, before the end
-    print(f"seed {seed}: killed after step {kill_at}")
-    kill_after_step(processes, config.arguments(stage), config.folder, step=kill_at)
-    run_to_the_end(processes, config.arguments(stage))
+    launcher = processes.start(deepspeed(arguments))
+    wait_for_step(processes, config.folder, 5)
+    os.killpg(
+        launcher.pid, signal.SIGTERM
+    )  # as a scheduler does; alone, the deepspeed command would leave its ranks running
+    assert wait_until_all_are_gone(launcher, tmp_path) != 0
+
+    launcher = processes.start(torchrun(arguments))
+    wait_for_step(processes, config.folder, max(records(config.folder)) + 3)
+    os.kill(max(ranks_of(tmp_path)), signal.SIGKILL)
+    assert wait_until_all_are_gone(launcher, tmp_path) != 0
+    assert "resumed from" in processes.log(1)
+    assert 8 <= max(records(config.folder)) < steps
+
+    processes.running.clear()
+    run_to_the_end(processes, arguments)
     assert "resumed from" in processes.log(0)
-    assert_equal_runs(config.folder, whole)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_kills_at_random_instants_until_the_run_is_done(config: ConfigFile, processes: Processes):
-    long = ("run.steps=80", "checkpoint.every_steps=3")
-    whole = config.folder.parent / "uninterrupted"
-    run_to_the_end(processes, config.arguments(*long, f"run.dir={whole}"))
-    seed = time.time_ns()
-    draw = random.Random(seed)
-    print(f"seed {seed}")
-    kills = 0
-    while (step := max(records(config.folder), default=0) + draw.randint(3, 12)) < 80:
-        delay_s = draw.uniform(0.0, 0.3)  # a step and a save take about a tenth each: some fall into a save
-        kill_after_step(processes, config.arguments(*long), config.folder, step=step, delay_s=delay_s)
-        kills += 1
-    run_to_the_end(processes, config.arguments(*long))
-    print(f"{kills} kills")
+    reference.finish()
+    assert sorted(records(whole)) == list(range(1, steps + 1))
     assert_equal_runs(config.folder, whole)
 
 

@@ -7,7 +7,6 @@ saved again without a step, and what is then on disk is compared with what the l
 import json
 import random
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -188,11 +187,8 @@ def test_three_changes_of_layout_carry_every_tensor_on(tmp_path: Path, pool: Poo
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_sixty_changes_of_layout_carry_every_tensor_on(tmp_path: Path, pool: Pools):
+def test_sixty_changes_of_layout_carry_every_tensor_on(tmp_path: Path, pool: Pools, draw: random.Random):
     """Every place once, in random order, then some of them again."""
-    seed = time.time_ns()
-    draw = random.Random(seed)
-    print(f"seed {seed}")
     places = draw.sample(PLACES, len(PLACES))
     while len(places) < 61:
         places.append(draw.choice([place for place in PLACES if place != places[-1]]))

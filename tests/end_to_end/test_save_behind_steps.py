@@ -1,11 +1,9 @@
-"""Saves behind the steps on two real ranks: a kill, a death, a disk that hangs or is full in the middle of a write."""
+"""Saves behind the steps on two real ranks: a death, a disk that hangs or is full in the middle of a write. Kills: test_kills.py."""
 
 import sys
-import time
 from pathlib import Path
 
 from tests.end_to_end.conftest import ConfigFile, Processes, free_port, records
-from tests.end_to_end.test_kill_and_resume import DEADLINE_S, assert_equal_runs, run_to_the_end
 
 SLOW_DISK = Path(__file__).with_name("slow_disk_main.py")
 
@@ -27,26 +25,6 @@ def start(processes: Processes, arguments: list[str], fault: str, *, step: int, 
 
 def checkpoints(config: ConfigFile) -> list[str]:
     return sorted(path.name for path in (config.folder / "checkpoints").iterdir())
-
-
-def test_a_kill_during_a_write_leaves_the_checkpoint_before_and_the_resume_is_exact(
-    config: ConfigFile, processes: Processes
-):
-    whole = config.folder.parent / "uninterrupted"
-    run_to_the_end(processes, config.arguments(f"run.dir={whole}", "checkpoint.asynchronous=false"))
-
-    start(processes, config.arguments(), "hang", step=8)
-    deadline = time.monotonic() + DEADLINE_S
-    while max(records(config.folder), default=0) < 11:  # three steps behind which the write of step 8 goes on
-        assert time.monotonic() < deadline, processes.log(0)
-        time.sleep(0.01)
-    processes.kill()
-    assert checkpoints(config) == ["latest", "step_000004", "step_000008.partial"]
-
-    run_to_the_end(processes, config.arguments())
-    assert "step_000004: step 4, data position 32" in processes.log(0)
-    assert checkpoints(config) == ["latest", "step_000008", "step_000012"]
-    assert_equal_runs(config.folder, whole)
 
 
 def test_a_disk_that_is_full_on_one_rank_is_told_with_the_rank_and_the_run_goes_on(
