@@ -25,6 +25,7 @@ from tests.end_to_end.drilled_run import (
 from tests.end_to_end.faults import AT_THE_START, IN_A_SAVE, POINTS
 from tests.end_to_end.one_token_each import STEPS_PER_EPOCH, TokenShards, assert_nothing_twice_or_left_out
 from tests.end_to_end.warm import Job
+from train.preemption import EXIT_CODE
 
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1}
 # A rank that is left alone asks after the others, tells who is missing and ends: 10 s where the store's rank is gone, on an idle machine.
@@ -96,9 +97,12 @@ def strike(run: Run, kill: Kill, draw: random.Random) -> tuple[Job, int]:
         assert None not in codes, "ranks that were left alone do not end:\n" + "\n".join(
             rank.said() for rank in job.ranks
         )
-        assert struck[0].code == -SIGNALS[kill.signal], (
-            f"exit codes {codes}"
-        )  # another may have missed it before its own came
+        # killed by it, or, where the program was already listening, asked to end; another may have missed it before its own came
+        assert struck[0].code in (-SIGNALS[kill.signal], EXIT_CODE), f"exit codes {codes}"
+        if EXIT_CODE in codes:
+            assert kill.signal != "kill -9", f"exit codes {codes}"
+            assert set(codes) == {EXIT_CODE}, f"exit codes {codes}: all ranks end alike when one is asked to"
+            assert run.told() == run.latest_step(), "a run that was asked to end saves the step it ended with"
         assert 0 not in codes, f"exit codes {codes}: a rank was left alone and says that all is well"
     finally:
         job.kill()
