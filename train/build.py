@@ -16,8 +16,9 @@ from torch import Tensor
 
 from data.index import ShardIndex, check_tokenizer
 from data.split import TrainSplit, open_heldout, open_train
+from model.filling import fill
 from model.memory import StreamMemory
-from model.parameters import fill, materialize
+from model.parameters import materialize
 from model.transformer import Transformer
 from parallel.config import ProcessInfo
 from train.backends import Backends, bank_works, by_layers, choose_backends, excluded, unmeasured_backend

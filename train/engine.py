@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.context import BatchContext
-from model.fragments import Fragment, create_state, fragment, set_step_count
+from model.fragments import Fragment, create_state, fragments_of, held_in, set_step_count
 from model.parameters import logical_parameters
 from model.transformer import ModelOutput, Transformer
 
@@ -151,11 +151,12 @@ class PlainEngine:
         return norm
 
     def fragments(self) -> list[Fragment]:
-        whole = [
-            fragment(p, p.tensor, self.optimizer, offset=0, local_start=0, numel=p.numel)
-            for p in logical_parameters(self.model)
-        ]
-        return [part for part in whole if part is not None]
+        parts = []
+        for parameter in logical_parameters(self.model):
+            numel = parameter.tensor.numel()
+            held = held_in(parameter.tensor, self.optimizer, offset=0, local_start=0, numel=numel)
+            parts += fragments_of(parameter, held)
+        return parts
 
     def owned_fragments(self) -> list[Fragment]:
         return self.fragments()
