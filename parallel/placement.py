@@ -88,7 +88,8 @@ class Placement:
             ValueError: a table is not one of these banks over as many ranks.
         """
         found = {path: self._table(bank, tables.get(path)) for path, bank in self._banks.items()}
-        for path, table in found.items():
+        moved = {path: table for path, table in found.items() if table != self._table_of(path)}
+        for path, table in moved.items():
             self._banks[path].place(table)
             clear_padding(self._weights(path), table, rank=self._mesh.ep_rank)
         for path, count_G in self._counts.items():

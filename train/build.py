@@ -193,6 +193,8 @@ def open_world(
                 model, groups, lambda split: build_optimizer(split, config.optim), mesh=mesh, stage=stage, **settings
             )
             engines.callback(engine.close)
+            if config.parallel.placement_every_steps is not None:
+                engine.placement.count()
             return engine
 
         yield mesh, zero_engine

@@ -20,6 +20,7 @@ from train.job import Job
 from train.measure import measure
 from train.metrics import MetricsWriter, Reporter
 from train.optimizer import learning_rate
+from train.placing import Placer
 from train.progress import Progress
 from train.resume import restore, roll_back, save
 from train.run_folder import RunFolder, find_changes, write_folder
@@ -79,6 +80,7 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> None:
         job.reporter.say(f"nothing to do: step {start.step} of {last} is done (raise run.steps to go on)")
         return
     writer, stragglers = MetricsWriter(job.folder, job.world, restored_step=start.step), Stragglers(job.world)
+    placer = Placer(job)
     job.reporter.start(start.step)
     engine, world, rows = job.engine, job.world, config.data.global_batch_size
     told: set[str] = set()  # damaged shards that the console has named
@@ -101,6 +103,7 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> None:
         done = done.forward(rows=rows, watch=after(config.watch, done.watch, result.figures, result.finding))
         job.reporter.step(done.step)
         job.saver.look()
+        placer.look(done)
 
         evaluates = done.step == last or done.step % config.eval.every_steps == 0
         saves = done.step == last or done.step % config.checkpoint.every_steps == 0
@@ -112,7 +115,7 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> None:
             record = measure(job, result, done, lr=lr, rows_per_second=speed, evaluates=evaluates)
             if config.data.max_skipped_shards:
                 record["skipped_shards"] = len(batches.damaged)
-            record |= stragglers.record(spent, say=job.reporter.say) | job.saver.take_record()
+            record |= stragglers.record(spent, say=job.reporter.say) | job.saver.take_record() | placer.take_record()
             writer.write(record)
             job.reporter.record(record)
             spent = Spent(world)
