@@ -21,9 +21,9 @@ from parallel.mesh import Mesh
 
 
 class Stored(NamedTuple):
-    """Elements [start, end) of the local tensor are stored by a rank that has the places of `owner` in expert group `copy`."""
+    """Elements [start, end) of the local tensor are stored by a rank, which is of expert group `copy`."""
 
-    owner: int
+    rank: int
     copy: int
     start: int
     end: int
@@ -31,10 +31,12 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight of a bank. group_numel: elements of a group. stored: by rank. held: this rank's; None: it stores nothing of it."""
+    """One weight of a bank. group_numel: elements of a group. stored: by expert rank, whose places it is, what the ranks with these
+    places store. held: by this rank; None: nothing of it.
+    """
 
     group_numel: int
-    stored: Sequence[Stored]
+    stored: Sequence[Sequence[Stored]]
     held: Held | None
 
 
@@ -48,38 +50,37 @@ class Journey(NamedTuple):
     numel: int
 
 
-def journeys(before: OwnerTable, after: OwnerTable, weight: Weight) -> Iterator[Journey]:
-    """All of a weight, in one order on every rank: only groups whose place changes travel.
+def journeys(before: OwnerTable, after: OwnerTable, weight: Weight, *, of: int) -> Iterator[Journey]:
+    """Those of a weight to or from expert rank `of`, in one order on every rank: only groups whose place changes travel.
 
     Raises:
         RuntimeError: no rank stores an element of a group that moves.
     """
     size, num_local = weight.group_numel, before.num_local
     for old, new in zip(before.places, after.places, strict=True):
-        if old == new:
+        owners = (old // num_local, new // num_local)
+        if old == new or of not in owners:
             continue
         here, there = (place % num_local * size for place in (old, new))
-        for target, wants in enumerate(weight.stored):
-            if wants.owner != new // num_local:
-                continue
+        for wants in weight.stored[owners[1]]:
             at, end = max(wants.start, there), min(wants.end, there + size)
             while at < end:
                 element = at - there + here
-                source = _source(weight.stored, owner=old // num_local, copy=wants.copy, element=element)
-                numel = min(end - at, weight.stored[source].end - element)
-                yield Journey(source, target, element, at, numel)
+                source = _source(weight.stored[owners[0]], copy=wants.copy, element=element)
+                numel = min(end - at, source.end - element)
+                yield Journey(source.rank, wants.rank, element, at, numel)
                 at += numel
 
 
-def _source(stored: Sequence[Stored], *, owner: int, copy: int, element: int) -> int:
-    """The rank that stores an element of the owner's local tensor; where several do, the one in the same expert group."""
-    found = [rank for rank, one in enumerate(stored) if one.owner == owner and one.start <= element < one.end]
+def _source(stored: Sequence[Stored], *, copy: int, element: int) -> Stored:
+    """The rank that stores an element of a local tensor; where several do, the one in expert group `copy`."""
+    found = [one for one in stored if one.start <= element < one.end]
     if not found:
         raise RuntimeError(
-            f"every element of a group must be stored by a rank, but element {element} of those of expert rank {owner} is stored by none: "
+            f"every element of a group must be stored by a rank, but element {element} of a local tensor is stored by none: "
             "this version of DeepSpeed lays partitions out differently; use the version in requirements.lock"
         )
-    return next((rank for rank in found if stored[rank].copy == copy), found[0])
+    return next((one for one in found if one.copy == copy), found[0])
 
 
 class Move:
@@ -97,7 +98,7 @@ class Move:
         leaving: list[list[Tensor]] = [[] for _ in range(mesh.world_size)]
         self._arriving: list[list[Tensor]] = [[] for _ in range(mesh.world_size)]
         for weight in weights:
-            for one in journeys(before, after, weight):
+            for one in journeys(before, after, weight, of=mesh.ep_rank):
                 if one.source == mesh.rank:
                     leaving[one.target] += _views(weight, one.start, one.numel)
                 if one.target == mesh.rank:

@@ -87,8 +87,8 @@ class Placement:
         Raises:
             ValueError: a table is not one of these banks over as many ranks.
         """
-        found = {path: self._table(bank, tables.get(path)) for path, bank in self._banks.items()}
-        moved = {path: table for path, table in found.items() if table != self._table_of(path)}
+        found = {path: self._read(bank, tables.get(path)) for path, bank in self._banks.items()}
+        moved = {path: table for path, table in found.items() if table != self.table(path)}
         for path, table in moved.items():
             self._banks[path].place(table)
             clear_padding(self._weights(path), table, rank=self._mesh.ep_rank)
@@ -103,7 +103,7 @@ class Placement:
             RuntimeError: on all ranks, with the first failing rank's sentence.
         """
         loads = self.loads()
-        before = {path: self._table_of(path) for path in loads}
+        before = {path: self.table(path) for path in loads}
         after = {path: balanced(before[path], load_G) for path, load_G in loads.items()}
         self.place(after)
         for count_G in self._counts.values():
@@ -120,7 +120,7 @@ class Placement:
 
     def place(self, tables: Mapping[str, OwnerTable]) -> None:
         """Moves the groups of banks to where `tables` says, one bank after the other: what travels is in memory of one at a time."""
-        moved = {path: table for path, table in tables.items() if _num_moved(self._table_of(path), table)}
+        moved = {path: table for path, table in tables.items() if _num_moved(self.table(path), table)}
         for path, table in moved.items():
             self._place(path, table)
         if moved:
@@ -129,7 +129,7 @@ class Placement:
     def _place(self, path: str, table: OwnerTable) -> None:
         move, error, weights = None, None, self._weights(path)
         try:
-            move = Move(weights, self._table_of(path), table, path=path, mesh=self._mesh)
+            move = Move(weights, self.table(path), table, path=path, mesh=self._mesh)
         except RuntimeError as caught:  # no memory for it, on this rank: the others would wait in the exchange
             error = caught
         self._mesh.raise_together(error)
@@ -138,11 +138,12 @@ class Placement:
         move.finish()
         self._banks[path].place(table)
 
-    def _table_of(self, path: str) -> OwnerTable:
+    def table(self, path: str) -> OwnerTable:
+        """Where the groups of a bank are."""
         bank = self._banks[path]
         return bank.seats.table or OwnerTable.identity(bank.num_groups, bank.num_ranks)
 
-    def _table(self, bank: ExpertBank, places: Sequence[int] | None) -> OwnerTable:
+    def _read(self, bank: ExpertBank, places: Sequence[int] | None) -> OwnerTable:
         if places is None:
             return OwnerTable.identity(bank.num_groups, bank.num_ranks)
         if len(places) != bank.num_groups:
@@ -161,8 +162,8 @@ class Placement:
         ]
 
     @cached_property
-    def _stored(self) -> dict[str, list[Stored]]:
-        """By weight, what each rank stores of it, which never changes. Every rank asks for it first at the same time."""
+    def _stored(self) -> dict[str, list[list[Stored]]]:
+        """By weight and expert rank, what each rank stores, which never changes. Every rank asks for it first at the same time."""
         mine = {}
         for parameter in logical_parameters(self._engine.model):
             if parameter.module in self._banks.values():
@@ -171,7 +172,10 @@ class Placement:
         everyone = self._mesh.all_gather_object(mine)
         size = self._mesh.ep_size  # the ranks of an expert group are consecutive
         return {
-            name: [Stored(rank % size, rank // size, *ranges[name]) for rank, ranges in enumerate(everyone)]
+            name: [
+                [Stored(rank, rank // size, *everyone[rank][name]) for rank in range(owner, len(everyone), size)]
+                for owner in range(size)
+            ]
             for name in mine
         }
 

@@ -74,7 +74,7 @@ def moved_about(case: Case) -> tuple[list[list[Piece]], bool, bool]:
     with open_engine(case) as engine:
         train_one(engine, case, step=0)
         seen, empty, computed = [pieces_of(engine.fragments())], [], []
-        first = {path: engine.placement._table_of(path) for path in engine.placement.banks}
+        first = {path: engine.placement.table(path) for path in engine.placement.banks}
         for tables in (random_tables(engine, seed=1), random_tables(engine, seed=2), first):
             engine.placement.place(tables)
             seen.append(pieces_of(engine.fragments()))

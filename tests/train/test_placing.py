@@ -119,6 +119,11 @@ def test_a_resume_before_and_after_a_move_repeats_the_run_bit_for_bit(pool, fold
     assert saved(folder, "stopped", 6)["places"] == {}
     assert saved(folder, "stopped", 8)["places"].keys() >= {MLP}
     assert saved(folder, "stopped", 10) == saved(folder, "whole", 10)
+    still: dict[str, Any] = {"ep_size": 4, "zero_stage": 1, "placement_every_steps": None}
+    run_on(pool, 4, config_of(folder, name="stopped", parallel=still, steps=11))
+    assert saved(folder, "stopped", 11) == {"places": saved(folder, "whole", 10)["places"], "loads": {}}, (
+        "they stay moved"
+    )
     assert sum(saved(folder, "whole", 10)["loads"][MLP]) == 3 * 8 * 8 * 2, "copies of three steps of eight rows"
     found, expected = (tensors(at(folder, name, 10)) for name in ("stopped", "whole"))
     assert found.keys() == expected.keys()
