@@ -30,8 +30,10 @@ class Placer:
         Raises:
             RuntimeError: a rank has no memory for what travels: on every rank alike.
         """
+        if self._every is None or done.step % self._every:
+            return
         placement = self._job.engine.placement
-        if self._every is None or done.step % self._every or placement is None or not placement.banks:
+        if placement is None or not placement.banks:
             return
         began = time.perf_counter()
         placed = placement.move()
