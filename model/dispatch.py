@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.sort_routes import SortedRoutes, sort_routes
 from kernels.sum_copies import RowCopies
+from model.owners import GlobalIds, same_ids
 from model.parameters import ExpertBank
 
 
@@ -44,8 +45,8 @@ class Routing:
 
 @dataclass(frozen=True)
 class Copies:
-    """Routed copies in the order in which they came: group_C of the `num_groups` held here from global group `first_group` on, row and
-    output row of each (both ascend), their hashes.
+    """Routed copies in the order in which they came: group_C of the `num_groups` held here, row and output row of each (both ascend),
+    their hashes. global_ids: see LocalPlan.
     """
 
     group_C: Tensor
@@ -54,7 +55,7 @@ class Copies:
     hashes_C: Tensor | None
     num_groups: int
     num_outputs: int
-    first_group: int = 0
+    global_ids: GlobalIds = same_ids
 
     def sort(self) -> "LocalPlan":
         """The plan, with gates of ones."""
@@ -67,7 +68,7 @@ class Copies:
             offsets_L=routes.offsets_G,
             num_outputs=self.num_outputs,
             hashes_C=None if self.hashes_C is None else self.hashes_C[routes.order_C],
-            first_group=self.first_group,
+            global_ids=self.global_ids,
             sorting=Sorting(self, routes),
         )
 
@@ -95,8 +96,8 @@ class LocalPlan:
 
     row_index_C: the received row that a copy reads. output_index_C: the output row it adds to. gates_C: float32, differentiable; ones
     before they are known. offsets_L: int32, the end of each group's range of copies. num_outputs: output rows to produce. hashes_C:
-    the routing's, where it has any. first_group: the global id of the first group here. whole: the routing's choices, where none of
-    its copies is elsewhere.
+    the routing's, where it has any. global_ids: makes global ids of local groups. whole: the routing's choices, where none of its
+    copies is elsewhere.
     """
 
     row_index_C: Tensor
@@ -105,7 +106,7 @@ class LocalPlan:
     offsets_L: Tensor
     num_outputs: int
     hashes_C: Tensor | None = None
-    first_group: int = 0
+    global_ids: GlobalIds = same_ids
     sorting: Sorting | None = None
     whole: Whole | None = None
 

@@ -108,7 +108,7 @@ def hidden_factors(plan: LocalPlan, *, channels: int, probability: float) -> Ten
     """
     assert plan.hashes_C is not None
     copies_C = torch.arange(len(plan.row_index_C), device=plan.offsets_L.device, dtype=plan.offsets_L.dtype)
-    groups_C = plan.first_group + torch.searchsorted(plan.offsets_L, copies_C, right=True)
+    groups_C = plan.global_ids(torch.searchsorted(plan.offsets_L, copies_C, right=True))
     hashes_C = hash_with(plan.hashes_C, groups_C)
     return keep_channels(hashes_C, channels, probability=probability).float() / (1.0 - probability)
 

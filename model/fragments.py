@@ -49,28 +49,41 @@ def set_step_count(optimizer: torch.optim.Optimizer, step: int) -> None:
             optimizer.state[parameter]["step"].fill_(float(step))
 
 
-def fragment(
-    parameter: LogicalParameter,
-    storage: Tensor,
-    optimizer: torch.optim.Optimizer,
-    *,
-    offset: int,
-    local_start: int,
-    numel: int,
-) -> Fragment | None:
-    """The fragment of `parameter` that lies in `storage`, a parameter of `optimizer`.
+@dataclass(frozen=True)
+class Held:
+    """What a process stores of a local tensor, padding included: its elements from `start` on, as 1-D views like those of `Fragment`."""
 
-    Elements [local_start, local_start + numel) of the local tensor lie at `offset` in the flattened storage. None if all of them are
-    padding.
-    """
-    numel = min(numel, parameter.numel - local_start)
-    if numel <= 0:
-        return None
+    start: int
+    tensors: dict[str, Tensor]
+
+    @property
+    def numel(self) -> int:
+        return self.tensors["master"].numel()
+
+    def part(self, first: int, numel: int) -> dict[str, Tensor]:
+        """Elements [first, first + numel) of the local tensor; all of them are here."""
+        begin = first - self.start
+        return {kind: view[begin : begin + numel] for kind, view in self.tensors.items()}
+
+
+def held_in(storage: Tensor, optimizer: torch.optim.Optimizer, *, offset: int, local_start: int, numel: int) -> Held:
+    """Elements [local_start, local_start + numel) of a local tensor lie at `offset` in `storage`, a parameter of `optimizer`."""
     state = {key: value for key, value in optimizer.state[storage].items() if key in ("exp_avg", "exp_avg_sq")}
     tensors = {
         key: value.detach().view(-1)[offset : offset + numel] for key, value in {"master": storage, **state}.items()
     }
-    return Fragment(parameter.name, parameter.spec.shape, parameter.start + local_start, tensors, parameter.box)
+    return Held(local_start, tensors)
+
+
+def fragments_of(parameter: LogicalParameter, held: Held) -> list[Fragment]:
+    """What is stored of a parameter, without padding: a fragment for each range of the logical tensor that is in one piece."""
+    found = []
+    for part in parameter.ranges:
+        first, end = max(part.local, held.start), min(part.local + part.numel, held.start + held.numel)
+        if first < end:
+            start, tensors = part.start + first - part.local, held.part(first, end - first)
+            found.append(Fragment(parameter.name, parameter.spec.shape, start, tensors, parameter.box))
+    return found
 
 
 def share(whole: Fragment, *, rank: int, size: int) -> Fragment | None:

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from model.owners import OwnerTable, Range, Seats
+
 Initializer = Callable[[tuple[int, ...], torch.Generator], Tensor]
 BankWeights = dict[str, tuple[tuple[int, ...], Initializer]]  # by name: the shape of one group's, and how it is drawn
 Box = tuple[tuple[int, int], ...]  # [first, end) of each dimension of a logical tensor
@@ -87,13 +89,15 @@ class ExpertBank(DeclaringModule):
     Declared whole; on one process num_local = G. `shard` narrows the bank to one rank of an expert group: L = ceil(G / size) groups on
     every rank, the padding at the end of the global order, so that all ranks hold tensors of one shape; a rank may hold nothing but
     padding. Padding is zero, cannot be selected and is never saved. backend: how the experts are computed (model/expert_choice.py).
+    seats: where the groups sit; once they have moved (parallel/placement.py) first_group means nothing.
     """
 
     def __init__(self, num_groups: int, weights: BankWeights, *, backend: str = "reference", decays: bool = True):
         super().__init__()
         self.backend = backend
-        self.num_groups, self.num_ranks = num_groups, 1
+        self.num_groups, self.num_ranks, self.rank = num_groups, 1, 0
         self.first_group, self.num_local = 0, num_groups
+        self.seats = Seats(num_groups, first_group=0)
         self.columns, self.column = 1, 0
         for name, (shape, draw) in weights.items():
             self.declare(name, (num_groups, *shape), draw, decays=decays)
@@ -104,12 +108,17 @@ class ExpertBank(DeclaringModule):
 
     def shard(self, *, rank: int, size: int) -> None:
         """Keeps the groups of rank `rank` of `size`; owner of group g = g div L. Must come before `materialize`."""
-        self.num_ranks = size
+        self.num_ranks, self.rank = size, rank
         self.num_local = math.ceil(self.num_groups / size)
         self.first_group = rank * self.num_local
+        self.seats = Seats(self.num_groups, first_group=self.first_group)
         for name, spec in self.specs.items():
             shape = (self.num_local, *spec.shape[1:])
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
+
+    def place(self, table: OwnerTable) -> None:
+        """From now on the groups sit as `table` says; who calls it moves the weights. Must come after `materialize`."""
+        self.seats = Seats.at(table, rank=self.rank, device=next(self.parameters()).device)
 
 
 class Table(ExpertBank):
@@ -168,16 +177,23 @@ class LogicalParameter:
 
     @property
     def start(self) -> int:
-        """Offset of the local tensor's first element in the flat `box`."""
+        """Offset of the local tensor's first element in the flat `box`; for a bank without a table."""
         if self.box is not None or not isinstance(self.module, ExpertBank):
             return 0
         return self.module.first_group * math.prod(self.spec.shape[1:])
 
     @property
     def numel(self) -> int:
-        """Elements of the local tensor that are not padding, which is at its end."""
+        """Elements of the local tensor that are not padding, which is at its end; for a bank without a table."""
         size = math.prod(end - first for first, end in self.box or ((0, size) for size in self.spec.shape))
         return max(0, min(self.tensor.numel(), size - self.start))
+
+    @property
+    def ranges(self) -> list[Range]:
+        """What of the local tensor is no padding, and where it lies in the flat `box`."""
+        if isinstance(self.module, ExpertBank) and self.module.seats.has_moved:
+            return self.module.seats.ranges(math.prod(self.spec.shape[1:]))
+        return [Range(0, self.start, self.numel)] if self.numel else []
 
 
 def logical_parameters(model: nn.Module) -> Iterator[LogicalParameter]:
@@ -240,28 +256,6 @@ def materialize(
     for _, module, attribute in logical_states(model):
         shape = getattr(module, attribute).shape
         setattr(module, attribute, torch.full(shape, module.states[attribute], dtype=dtype, device=device))
-
-
-def fill(model: nn.Module, values: Mapping[str, Tensor], *, device: torch.device | str = "cpu") -> None:
-    """Gives a whole model on the meta device its logical parameters and states, `values` by name, as a checkpoint holds them.
-
-    Raises:
-        RuntimeError: a name or a shape of the two differs.
-    """
-    parameters = list(logical_parameters(model))
-    shapes = {parameter.name: parameter.spec.shape for parameter in parameters}
-    shapes |= {name: tuple(state.shape) for name, state in states_of(model).items()}
-    given = {name: tuple(value.shape) for name, value in values.items()}
-    for name in sorted(shapes.keys() | given.keys()):
-        if shapes.get(name) != given.get(name):
-            raise RuntimeError(
-                f"the weights must be those of the model, but {name} has shape {given.get(name)} and the model's is "
-                f"{shapes.get(name)}: build the model from the config that was saved with the weights"
-            )
-    for parameter in parameters:
-        setattr(parameter.module, parameter.attribute, nn.Parameter(values[parameter.name].to(device)))
-    for name, module, attribute in logical_states(model):
-        setattr(module, attribute, values[name].to(device))
 
 
 class _Block(NamedTuple):

@@ -47,7 +47,7 @@ def start_all_to_all(
 ) -> Any:
     """Sends send[0] rows to rank 0 of the group, then send[1] ..., and fills received; gives what to wait for.
 
-    Sizes of X elements each; none of a rank to itself. Rows of width 0 make no exchange.
+    Sizes of X elements each; what a rank sends itself is not counted. Rows of width 0 make no exchange.
     """
     width = rows_NX.shape[1:].numel()
     if width == 0:

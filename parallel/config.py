@@ -40,6 +40,10 @@ class ParallelConfig(BaseModel):
     node_size: Size | Literal["auto"] = Field(
         default="auto", description="processes with fast links between them; auto: those of one machine"
     )
+    placement_every_steps: Size | None = Field(
+        default=None,
+        description="steps between moves of experts to other ranks by measured load, where their tokens travel; null: they stay",
+    )
     watchdog_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Field(
         default=300.0, description="seconds without progress after which a hang is named and the job ended"
     )

@@ -1,6 +1,7 @@
 """Expert parallelism: the Dispatcher that carries routed rows to the ranks that own their experts, and the results home.
 
-Owner of group g is rank g div L of the expert group, L = ceil(G / ep_size). A row travels at most once to each rank, whatever number of its
+Owner of the group at place p is rank p div L of the expert group, L = ceil(G / ep_size); group g is at place g until groups move
+(parallel/placement.py). A row travels at most once to each rank, whatever number of its
 experts live there; the owner applies the gates, and sums per output row before it answers. Or the other way round: the weights of a
 bank travel to the tokens. A table may be split by columns as well: rank = row shard * columns + column, and then every copy goes to
 all columns of its row shard, with that part of its row. With two levels of ranks (nodes) a row crosses to each node at most once.
@@ -88,7 +89,8 @@ class AllToAllDispatcher:
 
         levels: the groups of the hops, where there are two: the ranks with the same place on each node, then those of this node.
         gathered: the banks whose weights travel, not the tokens. chunks: parts into which the tokens are cut, so that one travels while
-        another is computed. overlap: False waits for every exchange where it starts, for comparison.
+        another is computed. overlap: False waits for every exchange where it starts, for comparison. counts, set by
+        parallel/placement.py: of the banks in it, (G,) int64, to which the copies for each group are added while gradients are on.
         """
         self.experts = experts
         self.layer = layer
@@ -96,12 +98,15 @@ class AllToAllDispatcher:
         self.gathered = gathered
         self.chunks = chunks
         self.overlap = overlap
+        self.counts: Mapping[ExpertBank, Tensor] = {}
 
     def plan(self, *routings: Routing) -> list[Exchange | LocalExchange]:
         """Two exchanges per hop: the numbers of copies, rows and output rows of all routings, then the words that tell of each copy."""
         travelling = [routing for routing in routings if routing.bank not in self.gathered]
         where = Where(self.layer, "", "plan")
         hops: list[Hop] = []
+        if torch.is_grad_enabled():
+            self._count(travelling)
         if travelling:
             loads = [load for routing in travelling for load in self._loads(routing)]
             hops.append(plan_hop(loads, peers=self.levels[0], where=where))
@@ -168,7 +173,16 @@ class AllToAllDispatcher:
         """Rows (L, X) to every rank of the expert group; back come its gradients, summed."""
         where = Where(self.layer, label, "gather")
         gathering = Gathering(rows, dtype=rows.dtype, peers=self.experts, where=where, overlap=self.overlap)
-        return Then(gathering, lambda rows_GX: rows_GX[: bank.num_groups])
+        return Then(gathering, bank.seats.in_order)
+
+    def _count(self, routings: Sequence[Routing]) -> None:
+        """Recompute counts a routing twice, but then those of all groups alike: what matters is their share."""
+        for routing in routings:
+            if (count_G := self.counts.get(routing.bank)) is not None:
+                ids_C = routing.expert_ids_NK.flatten()
+                count_G.scatter_add_(
+                    0, ids_C, torch.ones_like(ids_C)
+                )  # bincount would make the host wait for the device
 
     def _send_gates(self, exchange: Exchange, gates_NK: Tensor, label: str) -> Outward:
         where = Where(self.layer, label, "gates")
@@ -193,8 +207,9 @@ class AllToAllDispatcher:
             return (rows_n[:, None] * bank.columns + columns_Z).flatten().repeat_interleave(num_choices)
 
         # in the order (n, column, choice), so that rows ascend
-        owner_nZK = (ids_nK // bank.num_local)[:, None, :] * bank.columns + columns_Z[:, None]
-        group_nZK = (ids_nK % bank.num_local)[:, None, :].expand_as(owner_nZK)
+        place_nK = bank.seats.places(ids_nK)
+        owner_nZK = (place_nK // bank.num_local)[:, None, :] * bank.columns + columns_Z[:, None]
+        group_nZK = (place_nK % bank.num_local)[:, None, :].expand_as(owner_nZK)
         hashes_n = None if routing.hashes_N is None else routing.hashes_N[part]
         node_size = self.levels[-1].size
         hops = len(self.levels) > 1
@@ -236,7 +251,7 @@ def _copies(arrival: Arrival, bank: ExpertBank) -> Copies:
         hashes_C=arrival.hashes_C,
         num_groups=bank.num_local,
         num_outputs=arrival.num_outputs,
-        first_group=bank.first_group,
+        global_ids=bank.seats.global_ids,
     )
 
 

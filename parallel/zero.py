@@ -21,11 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.context import BatchContext
-from model.fragments import Fragment, create_state, fragment, set_step_count, share
+from model.fragments import Fragment, Held, create_state, fragments_of, held_in, set_step_count, share
 from model.parameters import ExpertBank, LogicalParameter, logical_parameters
 from model.transformer import ModelOutput, Transformer
 from parallel.ledger import Where
 from parallel.mesh import Mesh
+from parallel.placement import Placement
 from parallel.zero_ledger import counted
 
 
@@ -118,6 +119,7 @@ class ZeroEngine:
         self.optimizer: torch.optim.Optimizer = wrapper.optimizer if stage > 0 else wrapper
         create_state(self.optimizer)
         self._check_partition_map()
+        self.placement = Placement(self)
 
     def forward(self, tokens_BS: Tensor, context: BatchContext) -> ModelOutput:
         return self._deepspeed(tokens_BS, context)
@@ -189,25 +191,42 @@ class ZeroEngine:
         return norm
 
     def fragments(self) -> list[Fragment]:
-        parts = [self._fragment(parameter) for parameter in logical_parameters(self.model)]
-        return [part for part in parts if part is not None]
+        return [part for parameter in logical_parameters(self.model) for part in self._fragments(parameter)]
 
     def owned_fragments(self) -> list[Fragment]:
         if self.stage > 0:
             return self.fragments()  # ZeRO's partitions are disjoint over the ranks that hold a parameter
         parts = []
         for parameter in logical_parameters(self.model):
-            whole = self._fragment(parameter)
-            if whole is not None:
-                split = self._is_split(parameter)
-                group = self.mesh.expert_data_group if split else self.mesh.world_group
-                parts.append(share(whole, rank=dist.get_rank(group), size=dist.get_world_size(group)))
+            group = self.mesh.expert_data_group if self._is_split(parameter) else self.mesh.world_group
+            place = {"rank": dist.get_rank(group), "size": dist.get_world_size(group)}
+            parts += [share(whole, **place) for whole in self._fragments(parameter)]
         return [part for part in parts if part is not None]
+
+    def held(self, parameter: LogicalParameter) -> Held | None:
+        """What of the local tensor, padding included, this rank's optimizer stores; None for nothing. Always the same elements."""
+        tensor = parameter.tensor
+        if self.stage == 0:
+            return held_in(tensor, self.optimizer, offset=0, local_start=0, numel=tensor.numel())
+        mapping = tensor._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+        if mapping is None:  # no element of it lies in this rank's partition
+            return None
+        return held_in(
+            self._deepspeed.optimizer.single_partition_of_fp32_groups[mapping.param_group_index],
+            self.optimizer,
+            offset=mapping.hp_fragment_address.start,
+            local_start=mapping.lp_fragment_address.start,
+            numel=mapping.hp_fragment_address.numel,
+        )
 
     def restored(self, *, step: int) -> None:
         set_step_count(self.optimizer, step)
+        self.gather_weights()
+
+    def gather_weights(self) -> None:
+        """Stages 1 and 2: the weights to compute with become those of the partitions, by DeepSpeed's all-gathers."""
         if self.stage > 0:
-            self._deepspeed.optimizer.update_lp_params()  # all-gathers the weights from the partitions
+            self._deepspeed.optimizer.update_lp_params()
 
     def gradient(self, parameter: LogicalParameter) -> Tensor:
         """The averaged gradient of the local tensor, between the last `backward` and `step`. Collective: every rank, same order."""
@@ -235,32 +254,19 @@ class ZeroEngine:
     def _is_split(self, parameter: LogicalParameter) -> bool:
         return self.mesh.ep_size > 1 and isinstance(parameter.module, ExpertBank)
 
-    def _fragment(self, parameter: LogicalParameter) -> Fragment | None:
-        tensor = parameter.tensor
-        if self.stage == 0:
-            return fragment(parameter, tensor, self.optimizer, offset=0, local_start=0, numel=tensor.numel())
-        mapping = tensor._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
-        if mapping is None:  # no element of it lies in this rank's partition
-            return None
-        return fragment(
-            parameter,
-            self._deepspeed.optimizer.single_partition_of_fp32_groups[mapping.param_group_index],
-            self.optimizer,
-            offset=mapping.hp_fragment_address.start,
-            local_start=mapping.lp_fragment_address.start,
-            numel=mapping.hp_fragment_address.numel,
-        )
+    def _fragments(self, parameter: LogicalParameter) -> list[Fragment]:
+        held = self.held(parameter)
+        return [] if held is None else fragments_of(parameter, held)
 
     def _check_partition_map(self) -> None:
         for parameter in logical_parameters(self.model):
-            part = self._fragment(parameter)
-            if part is None:
+            held = self.held(parameter)
+            if held is None:
                 continue
-            first = part.start - parameter.start
-            master = part.tensors["master"]
-            if not torch.equal(parameter.tensor.detach().view(-1)[first : first + master.numel()], master):
+            weights = parameter.tensor.detach().view(-1)[held.start : held.start + held.numel]
+            if not torch.equal(weights, held.tensors["master"]):
                 raise RuntimeError(
-                    f"DeepSpeed's partition must hold the weights of {parameter.name} from element {first}, but it holds others: "
+                    f"DeepSpeed's partition must hold the weights of {parameter.name} from element {held.start}, but it holds others: "
                     "this version of DeepSpeed lays partitions out differently; use the version in requirements.lock"
                 )
 

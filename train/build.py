@@ -16,8 +16,9 @@ from torch import Tensor
 
 from data.index import ShardIndex, check_tokenizer
 from data.split import TrainSplit, open_heldout, open_train
+from model.filling import fill
 from model.memory import StreamMemory
-from model.parameters import fill, materialize
+from model.parameters import materialize
 from model.transformer import Transformer
 from parallel.config import ProcessInfo
 from train.backends import Backends, bank_works, by_layers, choose_backends, excluded, unmeasured_backend
@@ -192,6 +193,8 @@ def open_world(
                 model, groups, lambda split: build_optimizer(split, config.optim), mesh=mesh, stage=stage, **settings
             )
             engines.callback(engine.close)
+            if config.parallel.placement_every_steps is not None:
+                engine.placement.count()
             return engine
 
         yield mesh, zero_engine

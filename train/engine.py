@@ -6,14 +6,14 @@ processes. Owns clipping and the update; does not own the loss (step.py) nor the
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from model.context import BatchContext
-from model.fragments import Fragment, create_state, fragment, set_step_count
+from model.fragments import Fragment, create_state, fragments_of, held_in, set_step_count
 from model.parameters import logical_parameters
 from model.transformer import ModelOutput, Transformer
 
@@ -80,10 +80,39 @@ class LocalMesh:
         return contextlib.nullcontext(self)
 
 
+class Placed(Protocol):
+    """A bank that was looked at. before, after: the busiest rank's load over the mean. num_moved: groups with another place."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def before(self) -> float: ...
+    @property
+    def after(self) -> float: ...
+    @property
+    def num_moved(self) -> int: ...
+
+
+class Placement(Protocol):
+    """Which expert sits on which rank: parallel/placement.py. Every rank makes the same calls."""
+
+    @property
+    def banks(self) -> list[str]: ...
+    def loads(self) -> dict[str, list[int]]: ...
+    def tables(self) -> dict[str, list[int]]: ...
+    def restore(self, tables: Mapping[str, Sequence[int]], loads: Mapping[str, Sequence[int]]) -> None: ...
+    def move(self) -> Sequence[Placed]: ...
+
+
 class Engine(Protocol):
     """Holds the model and its optimizer. A step is, for each micro-step, forward and backward, then one `step`."""
 
     model: Transformer
+
+    @property
+    def placement(self) -> Placement | None:
+        """None where every expert is on every rank."""
+        ...
 
     def forward(self, tokens_BS: Tensor, context: BatchContext) -> ModelOutput:
         """The model in the run's precision; training mode or not is the caller's choice (model.train(), model.eval())."""
@@ -116,6 +145,8 @@ class Engine(Protocol):
 
 class PlainEngine:
     """One process, whole parameters, torch's own optimizer. bf16 means autocast: weights and router stay float32."""
+
+    placement = None
 
     def __init__(
         self,
@@ -151,11 +182,12 @@ class PlainEngine:
         return norm
 
     def fragments(self) -> list[Fragment]:
-        whole = [
-            fragment(p, p.tensor, self.optimizer, offset=0, local_start=0, numel=p.numel)
-            for p in logical_parameters(self.model)
-        ]
-        return [part for part in whole if part is not None]
+        parts = []
+        for parameter in logical_parameters(self.model):
+            numel = parameter.tensor.numel()
+            held = held_in(parameter.tensor, self.optimizer, offset=0, local_start=0, numel=numel)
+            parts += fragments_of(parameter, held)
+        return parts
 
     def owned_fragments(self) -> list[Fragment]:
         return self.fragments()

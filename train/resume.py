@@ -5,6 +5,7 @@ Owns which state that is, and what may not have changed since. Does not own the 
 """
 
 from pathlib import Path
+from typing import Any
 
 from data.difference import describe_changes, summarize
 from data.index import check_tokenizer
@@ -13,6 +14,7 @@ from train import checkpoint
 from train.begin import begin_from
 from train.config import check_resume
 from train.job import Job
+from train.placing import restore_placement, saved_placement
 from train.progress import Progress, no_way_back
 from train.together import on_every_rank
 from train.watch import WatchState
@@ -30,6 +32,7 @@ def save(job: Job, at: Progress) -> None:
             "data": summarize(job.data.train),
             "watch": at.watch.saved(),
             "layout": {"processes": job.world.world_size, "ep_size": job.layout.ep_size},
+            **saved_placement(job),
         },
     )
     tensors = {} if job.memory is None else job.memory.tensors()
@@ -70,7 +73,7 @@ def roll_back(job: Job, done: Progress) -> Progress:
 
 
 def _restore_from(job: Job, newest: Path) -> Progress:
-    on_every_rank(job.world, lambda: _check_same_run(job, newest))
+    restore_placement(job, on_every_rank(job.world, lambda: _check_same_run(job, newest)))
     # `latest` has just compared the checksums
     saved = checkpoint.load(newest, fragments=job.engine.fragments(), mesh=job.world, verify=False)
     found = Progress(saved.step, saved.position, WatchState.of(saved.extra.get("watch")))
@@ -89,7 +92,8 @@ def _restore_states(job: Job, newest: Path) -> None:
         job.memory.restore(checkpoint.read_tensors(newest, names=job.memory.names()))
 
 
-def _check_same_run(job: Job, newest: Path) -> None:
+def _check_same_run(job: Job, newest: Path) -> dict[str, Any]:
+    """The checkpoint's `extra`."""
     saved = checkpoint.read_state(newest)
     check_resume(saved.config, job.config)  # config.yaml may be gone; the checkpoint's own config decides
     split = job.data.train
@@ -104,3 +108,4 @@ def _check_same_run(job: Job, newest: Path) -> None:
             f"{saved.extra['data_fingerprint']} and is {split.fingerprint}): restore the shards, or choose another run.dir to "
             "start a new run"
         )
+    return saved.extra

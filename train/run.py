@@ -21,6 +21,7 @@ from train.job import Job
 from train.measure import measure
 from train.metrics import MetricsWriter, Reporter
 from train.optimizer import learning_rate
+from train.placing import Placer
 from train.preemption import Preemption
 from train.progress import Progress
 from train.resume import restore, roll_back, save
@@ -89,6 +90,7 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
         job.reporter.say(f"nothing to do: step {start.step} of {last} is done (raise run.steps to go on)")
         return "done"
     writer, stragglers = MetricsWriter(job.folder, job.world, restored_step=start.step), Stragglers(job.world)
+    placer = Placer(job)
     job.reporter.start(start.step)
     engine, world, rows = job.engine, job.world, config.data.global_batch_size
     told: set[str] = set()  # damaged shards that the console has named
@@ -121,6 +123,7 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
         job.reporter.step(done.step)
         job.saver.look()
         ends = result.ends
+        placer.look(done)
 
         evaluates = done.step == last or done.step % config.eval.every_steps == 0
         saves = ends or done.step == last or done.step % config.checkpoint.every_steps == 0
@@ -132,7 +135,7 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
             record = measure(job, result, done, lr=lr, rows_per_second=speed, evaluates=evaluates)
             if config.data.max_skipped_shards:
                 record["skipped_shards"] = len(batches.damaged)
-            record |= stragglers.record(spent, say=job.reporter.say) | job.saver.take_record()
+            record |= stragglers.record(spent, say=job.reporter.say) | job.saver.take_record() | placer.take_record()
             writer.write(record)
             job.reporter.record(record)
             spent = Spent(world)

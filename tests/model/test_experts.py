@@ -124,7 +124,9 @@ def test_factors_of_the_hidden_activations_are_applied_copy_by_copy():
 def test_the_mask_of_a_copy_is_that_of_its_token_and_its_global_expert(first_group: int):
     """The same copies held by a rank whose experts begin at 3: other experts, so other masks, and a token's experts differ."""
     hashes = token_hashes(context([2, 2**35]), 2, site="mlp_expert_hidden").flatten()
-    copies = replace(plan(torch.ones(7)), hashes_C=hashes[torch.tensor(ROW_OF_COPY)], first_group=first_group)
+    copies = replace(
+        plan(torch.ones(7)), hashes_C=hashes[torch.tensor(ROW_OF_COPY)], global_ids=lambda ids: ids + first_group
+    )
     found = hidden_factors(copies, channels=6, probability=0.25)
     for copy, (row, group) in enumerate(zip(ROW_OF_COPY, GROUP_OF_COPY, strict=True)):
         expert = hash_with(hashes[row], torch.tensor(first_group + group))

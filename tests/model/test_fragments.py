@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from model.fragments import Fragment, create_state, fragment, set_step_count, share
+from model.fragments import Fragment, create_state, fragments_of, held_in, set_step_count, share
 from model.parameters import ExpertBank, LogicalParameter, Table, logical_parameters, materialize, normal
 
 
@@ -20,7 +20,16 @@ def bank(*, rank: int, size: int) -> tuple[LogicalParameter, torch.optim.AdamW]:
 
 
 def whole(parameter: LogicalParameter, optimizer: torch.optim.Optimizer) -> Fragment | None:
-    return fragment(parameter, parameter.tensor, optimizer, offset=0, local_start=0, numel=parameter.tensor.numel())
+    return in_storage(parameter, parameter.tensor, optimizer, offset=0, local_start=0, numel=parameter.tensor.numel())
+
+
+def in_storage(
+    parameter: LogicalParameter, storage: Tensor, optimizer: torch.optim.Optimizer, **place: int
+) -> Fragment | None:
+    """The one fragment, because the groups have not moved; None for nothing but padding."""
+    found = fragments_of(parameter, held_in(storage, optimizer, **place))
+    assert len(found) < 2
+    return found[0] if found else None
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
@@ -57,11 +66,11 @@ def test_a_partition_that_begins_inside_a_weight_knows_its_place():
     parameter, _ = bank(rank=1, size=2)
     storage = nn.Parameter(torch.arange(30.0))
     optimizer = torch.optim.SGD([storage], lr=0.1)
-    found = fragment(parameter, storage, optimizer, offset=7, local_start=4, numel=10)
+    found = in_storage(parameter, storage, optimizer, offset=7, local_start=4, numel=10)
     assert found is not None
     assert found.start == 3 * 6 + 4
     assert found.tensors["master"].tolist() == list(range(7, 15)), "12 - 4 elements: the rest is padding"
-    assert fragment(parameter, storage, optimizer, offset=7, local_start=12, numel=6) is None
+    assert in_storage(parameter, storage, optimizer, offset=7, local_start=12, numel=6) is None
 
 
 def test_a_partition_of_a_column_shard_is_one_range_of_its_box():
@@ -71,7 +80,7 @@ def test_a_partition_of_a_column_shard_is_one_range_of_its_box():
     materialize(module, seed=1)
     (parameter,) = logical_parameters(module)
     storage = nn.Parameter(torch.arange(30.0))
-    found = fragment(parameter, storage, torch.optim.SGD([storage], lr=0.1), offset=7, local_start=2, numel=7)
+    found = in_storage(parameter, storage, torch.optim.SGD([storage], lr=0.1), offset=7, local_start=2, numel=7)
     assert found is not None
     assert (found.shape, found.box, found.start) == ((5, 6), ((3, 5), (3, 6)), 2)
     assert found.tensors["master"].tolist() == [7, 8, 9, 10], "6 - 2 elements: the rest is padding"

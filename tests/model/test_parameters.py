@@ -13,7 +13,6 @@ from model.parameters import (
     Table,
     add_updates,
     count_parameters,
-    fill,
     logical_parameters,
     materialize,
     normal,
@@ -263,31 +262,6 @@ def test_updates_are_added_to_their_states():
     materialize(model, seed=1)
     add_updates(model, {"inner.seen": torch.tensor([1.0, 2.0, -0.5])})
     assert states_of(model)["inner.seen"].tolist() == [1.5, 2.5, 0.0]
-
-
-def test_a_model_is_filled_with_weights_and_states_by_name():
-    model = counting()
-    values = {"inner.weight": torch.tensor([3.0, 4.0]), "inner.seen": torch.tensor([1.0, 2.0, 3.0])}
-    fill(model, values)
-    assert model.get_parameter("inner.weight").tolist() == [3.0, 4.0]
-    assert states_of(model)["inner.seen"].tolist() == [1.0, 2.0, 3.0]
-
-
-@pytest.mark.parametrize(
-    ("values", "parts"),
-    [
-        ({"inner.weight": torch.ones(2)}, ["inner.seen has shape None", "(3,)"]),
-        ({"inner.weight": torch.ones(1), "inner.seen": torch.ones(3)}, ["inner.weight has shape (1,)", "(2,)"]),
-        (
-            {"inner.weight": torch.ones(2), "inner.seen": torch.ones(3), "x": torch.ones(1)},
-            ["x has shape (1,)", "None"],
-        ),
-    ],
-)
-def test_values_of_another_model_are_refused(values: dict[str, Tensor], parts: list[str]):
-    with pytest.raises(RuntimeError, match="must be those of the model") as caught:
-        fill(counting(), values)
-    assert all(part in str(caught.value) for part in parts), caught.value
 
 
 def test_a_buffer_that_was_not_declared_is_refused():

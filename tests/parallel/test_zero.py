@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.fragments import Fragment
+from model.fragments import Fragment, Held
 from parallel.zero import ZeroEngine, _deepspeed_config
 from tests.parallel.pieces import Piece, assemble
 from tests.parallel.two_steps import Case, open_engine, optim_config, rows
@@ -107,16 +107,16 @@ def test_each_update_is_made_with_the_rate_it_is_given(pool, stage):
 
 def opened_with_a_map_that_is_one_too_far() -> str:
     """As a version of DeepSpeed would have it that lays partitions out differently."""
-    true_fragment = ZeroEngine._fragment
+    true_held = ZeroEngine.held
 
-    def shifted(engine: ZeroEngine, parameter) -> Fragment | None:
-        part = true_fragment(engine, parameter)
+    def shifted(engine: ZeroEngine, parameter) -> Held | None:
+        part = true_held(engine, parameter)
         if part is None or parameter.name != "output.weight":
             return part
         return replace(part, start=part.start + 1)
 
     try:
-        with mock.patch.object(ZeroEngine, "_fragment", shifted), open_engine(Case(stage=1)):
+        with mock.patch.object(ZeroEngine, "held", shifted), open_engine(Case(stage=1)):
             return "opened"
     except RuntimeError as error:
         return str(error)

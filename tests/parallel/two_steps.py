@@ -21,6 +21,7 @@ from model.transformer import Transformer
 from parallel.config import ProcessInfo
 from parallel.volume import BankExchange, ExpertGroup, choose_exchange
 from tests.parallel.pieces import Piece, assemble
+from tests.parallel.placed import random_tables
 from train.config import OptimConfig
 from train.engine import LocalMesh, PlainEngine
 from train.optimizer import build_optimizer, parameter_groups
@@ -71,6 +72,7 @@ class Case:
     chunks: int = 1
     node_size: int | None = None
     table_columns: int | Literal["auto"] = 1
+    placed: bool = False  # the groups of every bank whose rows travel sit at random places
     model: ModelConfig = field(default=MODEL)
 
     def with_model(self, **changes: Any) -> "Case":
@@ -200,6 +202,8 @@ def open_engine(case: Case) -> "Iterator[ZeroEngine]":
             accumulation_steps=case.accumulation_steps,
             dtype=getattr(torch, case.dtype),
         )
+        if case.placed:
+            engine.placement.place(random_tables(engine))
         yield engine
         engine.close()
 
@@ -272,8 +276,10 @@ def _gradients(model: Transformer, gradient: Any) -> list[Piece]:
     for parameter in logical_parameters(model):
         value = gradient(parameter)
         assert value is not None, f"{parameter.name} has no gradient"
-        flat = value.detach().float().flatten()[: parameter.numel].numpy().copy()
-        pieces.append(Piece(parameter.name, parameter.spec.shape, parameter.start, flat, parameter.box))
+        flat = value.detach().float().flatten().numpy()
+        for local, start, numel in parameter.ranges:
+            values = flat[local : local + numel].copy()
+            pieces.append(Piece(parameter.name, parameter.spec.shape, start, values, parameter.box))
     return pieces
 
 

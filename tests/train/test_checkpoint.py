@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.fragments import Fragment, create_state, fragment, share
+from model.fragments import Fragment, create_state, fragments_of, held_in, share
 from model.parameters import Table, logical_parameters, materialize, zeros
 from tests.train.thread_mesh import (
     KINDS,
@@ -92,9 +92,9 @@ class TableRank:
         (self.parameter,) = logical_parameters(table)
         tensor = self.parameter.tensor
         self.held = {"master": tensor.detach(), **optimizer.state[tensor]}
-        every = fragment(self.parameter, tensor, optimizer, offset=0, local_start=0, numel=tensor.numel())
-        half = None if every is None else share(every, rank=self.replica, size=2)
-        self.fragments = [] if half is None else [half]
+        held = held_in(tensor, optimizer, offset=0, local_start=0, numel=tensor.numel())
+        halves = [share(every, rank=self.replica, size=2) for every in fragments_of(self.parameter, held)]
+        self.fragments = [half for half in halves if half is not None]
         rows = math.ceil(ROWS / row_shards)
         first = place // columns * rows
         self.rows = slice(min(first, ROWS), min(first + rows, ROWS))

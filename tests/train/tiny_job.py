@@ -27,8 +27,11 @@ ALONE = ProcessInfo(
 SHARDS, DOCUMENTS, LENGTH = 8, 6, 20  # of each split; LENGTH tokens in a document
 
 
-def write_shards(folder: Path, *, seed: int, tokenizer: Tokenizer | None = None) -> None:
-    """Both splits, in place of what is there: `seed` draws the documents. Eight shards, so that their order tells seeds apart."""
+def write_shards(folder: Path, *, seed: int, tokenizer: Tokenizer | None = None, kinds: int | None = None) -> None:
+    """Both splits, in place of what is there: `seed` draws the documents. Eight shards, so that their order tells seeds apart.
+
+    kinds: different tokens in them; None: all.
+    """
     tokenizer = tokenizer or bytes_tokenizer()
     generator = np.random.default_rng(seed)
     shutil.rmtree(folder, ignore_errors=True)
@@ -36,7 +39,7 @@ def write_shards(folder: Path, *, seed: int, tokenizer: Tokenizer | None = None)
     for split in ("train", "heldout"):
         writer = ShardSetWriter(folder / split, tokenizer=tokenizer, shard_tokens=DOCUMENTS * LENGTH)
         for _ in range(SHARDS * DOCUMENTS):
-            tokens = generator.integers(1, tokenizer.vocab_size, LENGTH - 1)
+            tokens = generator.integers(1, tokenizer.vocab_size if kinds is None else kinds + 1, LENGTH - 1)
             writer.add(np.append(tokens, tokenizer.end_token).astype(tokenizer.dtype), num_bytes=LENGTH - 1)
         writer.close()
 
