@@ -42,7 +42,7 @@ def begin_from(config: Config, engine: Engine, world: World, index: TrainSplit) 
     else:
         on_every_rank(world, lambda: _check_fits(source, config, model))
         values = {}
-    on_every_rank(world, lambda: _fill(engine, source, values, keep_states=config.run.upcycle))
+    on_every_rank(world, lambda: _fill(engine, source, values))
     engine.restored(step=0)
     how = "upcycled from" if config.run.upcycle else "begins with the weights of"
     changes = differences(source.config.model.model_dump(mode="json"), config.model.model_dump(mode="json"))
@@ -110,11 +110,12 @@ def _drawn(parameter: LogicalParameter, std: float | None) -> Callable[[], Tenso
     return lambda: drawn * (std / drawn.norm(dim=-1).mean())
 
 
-def _fill(engine: Engine, source: Source, values: Mapping[str, Callable[[], Tensor]], *, keep_states: bool) -> None:
+def _fill(engine: Engine, source: Source, values: Mapping[str, Callable[[], Tensor]]) -> None:
     parts = [Part(f.name, f.shape, f.start, f.tensors["master"], f.box) for f in engine.fragments()]
     source.fill([part for part in parts if part.name not in values])
     fill_from([part for part in parts if part.name in values], lambda name: values[name]())
-    if not keep_states:
-        with torch.no_grad():
-            for name, state in states_of(engine.model).items():
+    with torch.no_grad():
+        for name, state in states_of(engine.model).items():
+            # an upcycled model has states that its dense twin has not: those of its new routers, as a new run draws them
+            if source.shapes.get(name) == tuple(state.shape):
                 state.copy_(source.read(name))

@@ -231,6 +231,22 @@ def test_an_upcycled_run_begins_where_the_dense_one_ended(folder: Path, dtype: s
         assert loss(folder / "twin") == pytest.approx(expected, rel=3e-3)
 
 
+def test_an_upcycled_run_takes_the_states_of_the_layers_that_stay_and_only_new_ones_are_fresh(folder: Path):
+    """The router bias of a sigma-MoE beside which attention becomes SwitchHead; and of one that was dense."""
+    bias = "layers.0.feedforward.selection.bias"
+    still = EXPERTS | {"bias_update_speed": 1e-30}
+    stays = QUICK | {"sigma_moe": still, "dropout": 0.0}
+    dense = {"mixers": ["attention"], "switchhead": None, "attention": {"num_heads": 2, "head_dim": 4}}
+    run(run_of(folder, "mixed", run={"steps": 3}, model=WITH_BIAS | dense | {"dropout": 0.0}), ALONE)
+    run(run_of(folder, "twin", run={"init_from": str(folder / "mixed"), "upcycle": True}, model=stays), ALONE)
+    taken = weights(folder / "mixed")[bias]
+    assert taken.any()
+    assert torch.equal(weights(folder / "twin")[bias], taken)
+    new = TWIN | {"sigma_moe": TWIN["sigma_moe"] | {"balance": "bias", "bias_update_speed": 1e-30}}
+    run(run_of(folder, "new", run={"init_from": str(folder / "dense"), "upcycle": True}, model=new), ALONE)
+    assert weights(folder / "new")[bias].abs().max() < 1e-20
+
+
 def test_the_new_routers_are_those_of_the_seed_made_small(folder: Path):
     fields = {"init_from": str(folder / "dense"), "upcycle": True, "seed": 9, "upcycle_router_std": 0.02}
     config = run_of(folder, "twin", run=fields, model=TWIN)
