@@ -18,7 +18,7 @@ from model.upcycle import ROUTER_STD, recipes, small_routers
 from train.config import Config, differences
 from train.engine import Engine, World
 from train.export import is_router
-from train.source import Source, fill_from, open_source
+from train.source import Source, fill_from, read_from
 from train.storage import Part
 from train.together import on_every_rank
 
@@ -34,7 +34,13 @@ def begin_from(config: Config, engine: Engine, world: World, index: TrainSplit) 
     """
     if config.run.init_from is None:
         return []
-    source = open_source(Path(config.run.init_from), setting=SETTING, mesh=world)
+    folder = Path(config.run.init_from)
+    return read_from(
+        folder, lambda source: _begin_from(source, config, engine, world, index), setting=SETTING, mesh=world
+    )
+
+
+def _begin_from(source: Source, config: Config, engine: Engine, world: World, index: TrainSplit) -> list[str]:
     on_every_rank(world, lambda: _check_tokenizer(source, index))
     model = engine.model
     if config.run.upcycle:

@@ -147,7 +147,8 @@ class Saver:
             self.settle()
 
     def look(self) -> None:
-        """After a step: if a write has ended on all ranks, or is late, all learn what came of it. An all-reduce of 4 bytes while there is one.
+        """After a step: if a write has ended on all ranks, or is late, all learn what came of it. While there is one, an all-reduce of
+        4 bytes.
 
         Raises:
             RuntimeError: see `save`.
@@ -168,7 +169,9 @@ class Saver:
         write.wait(write.left_s)
         told = self._world.all_gather_object([write.is_on, write.is_late, write.seconds, write.failure])
         for rank, (is_on, is_late, seconds, _) in enumerate(told):
-            if is_on or is_late:  # its copy cannot be overwritten or its mesh does not work: there cannot be another save
+            if (
+                is_on or is_late
+            ):  # its copy cannot be overwritten or its mesh does not work: there cannot be another save
                 found = "it is still not" if is_on else f"it took {seconds:.1f} s"
                 raise RuntimeError(
                     f"the checkpoint of step {write.step} must be written in {write.limit_s:g} s, but on rank {rank} of {len(told)} "
