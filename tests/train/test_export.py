@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,6 +198,14 @@ def test_a_damaged_export_is_named(trained: dict[str, Path], tmp_path: Path, dam
     file = {"config": "config.json", "version": "config.json", "tokenizer": "tokenizer.json"}
     with pytest.raises(ValueError if damage == "tokenizer" else RuntimeError, match=file.get(damage, weights.name)):
         load_run(out, device=CPU)
+
+
+def test_a_run_whose_tokenizer_is_another_is_an_error_with_both(trained: dict[str, Path], tmp_path: Path):
+    folder = Path(shutil.copytree(trained["switchall"], tmp_path / "run"))
+    own = load_tokenizer(folder / "tokenizer.json").tokenizer_id
+    (folder / "tokenizer.json").write_bytes(another_tokenizer().to_bytes())
+    with pytest.raises(ValueError, match=rf"it is {another_tokenizer().tokenizer_id} and .* was trained with {own}"):
+        open_source(folder, setting="--run")
 
 
 def test_a_full_disk_leaves_nothing(trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
