@@ -244,7 +244,7 @@ def test_an_upcycled_run_takes_the_states_of_layers_that_stay_and_only_new_ones_
     run(run_of(folder, "twin", run={"init_from": str(folder / "mixed"), "upcycle": True}, model=stays), ALONE)
     taken = weights(folder / "mixed")[bias]
     assert taken.any()
-    new = TWIN | {"sigma_moe": TWIN["sigma_moe"] | {"balance": "bias"}}
+    new = TWIN | {"sigma_moe": EXPERTS | {"expert_dim": 12}}
     run(run_of(folder, "new", run={"init_from": str(folder / "dense"), "upcycle": True}, model=new), ALONE)
     assert [found.tolist() for found in begins] == [taken.tolist(), [0.0] * 5]
 

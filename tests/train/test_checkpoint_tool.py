@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.train.disk_states import plant, recorded
 from tests.train.thread_mesh import STATE, draw, save_split
 from train.checkpoint import latest
 from train.checkpoint_tool import main
+from train.engine import LocalMesh
+from train.run_lock import hold, hold_together
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -183,7 +187,7 @@ def test_prune_says_what_it_could_not_remove(run: Path, capsys, monkeypatch: pyt
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     with monkeypatch.context() as patched:
-        patched.setattr(*{"rename": (Path, "rename"), "rmtree": (shutil, "rmtree")}[refused], refuse)
+        patched.setattr({"rename": Path, "rmtree": shutil}[refused], refused, refuse)
         assert main(["prune", str(run), "--keep", "4"]) == 1
     said = capsys.readouterr()
     assert f"error: 1 of {run}/checkpoints must be removed, but could not be, the first of them step_000100" in said.err
@@ -218,6 +222,34 @@ def test_a_file_with_a_checkpoints_name_is_a_damaged_checkpoint(run: Path, capsy
     said = capsys.readouterr().out
     assert "step_000600/manifest.json cannot be read (Not a directory)" in said
     assert said.splitlines()[-1] == f"a resume would use {run}/checkpoints/step_000500"
+
+
+def test_a_kill_of_prune_at_any_instant_leaves_what_a_resume_needs(run: Path, tmp_path: Path, monkeypatch):
+    folder = run / "checkpoints"
+    with recorded(folder, monkeypatch) as recorder:
+        main(["prune", str(run), "--keep", "2"])
+    assert len(recorder.states) >= 6
+    for i, tree in enumerate(recorder.states):
+        again = tmp_path / f"killed{i}" / "checkpoints"
+        again.parent.mkdir()
+        plant(tree, again)
+        assert latest(again) == again / "step_000500"
+        assert main(["verify", str(again)]) == 0, "a folder with a plain name is never half there"
+        assert main(["prune", str(again.parent), "--keep", "2"]) == 0
+        assert sorted(path.name for path in again.iterdir()) == ["latest", "step_000400", "step_000500"]
+
+
+def test_prune_is_refused_while_a_run_holds_the_folder(run: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("train.checkpoint_tool.hold", lambda path, **how: hold(path, patience_s=0.0, **how))
+    (run.parent / "link").symlink_to(run / "checkpoints")
+    with hold_together(LocalMesh(torch.device("cpu")), run):
+        for folder in (run, run / "checkpoints", run.parent / "link"):
+            assert main(["prune", str(folder), "--keep", "1"]) == 1
+            assert f"process {os.getpid()} on" in capsys.readouterr().err
+        assert not (run.parent / "lock").exists()
+        assert steps(run) == [100, 200, 300, 400, 500]
+        for command in (["list"], ["verify"], ["prune", "--keep", "1", "--dry-run"]):
+            assert main([*command, str(run)]) == 0
 
 
 @pytest.mark.parametrize(
