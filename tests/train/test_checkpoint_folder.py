@@ -178,7 +178,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
     with pytest.raises(RuntimeError, match="step_000200/"):
         load_split(newest, 2)
     assert found(tmp_path) == 1
-    (sentence,) = damages(newest)
+    (sentence,) = damages(newest) or []
     assert f"step_000200/{name}" in sentence or (name == "manifest.sha256" and "manifest.json" in sentence)
 
 
