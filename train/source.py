@@ -98,11 +98,6 @@ class ExportSource:
 Source = CheckpointSource | ExportSource
 
 
-def open_source(folder: Path, *, setting: str, mesh: Mesh | None = None) -> Source:
-    """The model in `folder`, whose tensors are not read yet; see `read_from`."""
-    return read_from(folder, lambda source: source, setting=setting, mesh=mesh)
-
-
 def read_from(folder: Path, work: Callable[[Source], Result], *, setting: str, mesh: Mesh | None = None) -> Result:
     """What `work` makes of the model in `folder`: a run folder or its folder of checkpoints (the newest whole one), one checkpoint, or an
     export.
