@@ -169,9 +169,8 @@ class Saver:
         write.wait(write.left_s)
         told = self._world.all_gather_object([write.is_on, write.is_late, write.seconds, write.failure])
         for rank, (is_on, is_late, seconds, _) in enumerate(told):
-            if (
-                is_on or is_late
-            ):  # its copy cannot be overwritten or its mesh does not work: there cannot be another save
+            # its copy cannot be overwritten or its mesh does not work any more: there cannot be another save
+            if is_on or is_late:
                 found = "it is still not" if is_on else f"it took {seconds:.1f} s"
                 raise RuntimeError(
                     f"the checkpoint of step {write.step} must be written in {write.limit_s:g} s, but on rank {rank} of {len(told)} "
