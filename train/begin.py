@@ -18,7 +18,7 @@ from model.upcycle import ROUTER_STD, recipes, small_routers
 from train.config import Config, differences
 from train.engine import Engine, World
 from train.export import is_router
-from train.source import Source, fill_from, open_source
+from train.source import Source, fill_from, read_from
 from train.storage import Part
 from train.together import on_every_rank
 
@@ -34,7 +34,13 @@ def begin_from(config: Config, engine: Engine, world: World, index: TrainSplit) 
     """
     if config.run.init_from is None:
         return []
-    source = open_source(Path(config.run.init_from), setting=SETTING, mesh=world)
+    folder = Path(config.run.init_from)
+    return read_from(
+        folder, lambda source: _begin_from(source, config, engine, world, index), setting=SETTING, mesh=world
+    )
+
+
+def _begin_from(source: Source, config: Config, engine: Engine, world: World, index: TrainSplit) -> list[str]:
     on_every_rank(world, lambda: _check_tokenizer(source, index))
     model = engine.model
     if config.run.upcycle:
@@ -42,7 +48,7 @@ def begin_from(config: Config, engine: Engine, world: World, index: TrainSplit) 
     else:
         on_every_rank(world, lambda: _check_fits(source, config, model))
         values = {}
-    on_every_rank(world, lambda: _fill(engine, source, values, keep_states=config.run.upcycle))
+    on_every_rank(world, lambda: _fill(engine, source, values))
     engine.restored(step=0)
     how = "upcycled from" if config.run.upcycle else "begins with the weights of"
     changes = differences(source.config.model.model_dump(mode="json"), config.model.model_dump(mode="json"))
@@ -110,11 +116,12 @@ def _drawn(parameter: LogicalParameter, std: float | None) -> Callable[[], Tenso
     return lambda: drawn * (std / drawn.norm(dim=-1).mean())
 
 
-def _fill(engine: Engine, source: Source, values: Mapping[str, Callable[[], Tensor]], *, keep_states: bool) -> None:
+def _fill(engine: Engine, source: Source, values: Mapping[str, Callable[[], Tensor]]) -> None:
     parts = [Part(f.name, f.shape, f.start, f.tensors["master"], f.box) for f in engine.fragments()]
     source.fill([part for part in parts if part.name not in values])
     fill_from([part for part in parts if part.name in values], lambda name: values[name]())
-    if not keep_states:
-        with torch.no_grad():
-            for name, state in states_of(engine.model).items():
+    with torch.no_grad():
+        for name, state in states_of(engine.model).items():
+            # an upcycled model has states that its dense twin has not: those of its new routers, as a new run draws them
+            if source.shapes.get(name) == tuple(state.shape):
                 state.copy_(source.read(name))

@@ -124,18 +124,28 @@ def latest(folder: Path, *, mesh: Mesh | None = None) -> Path | None:
     Reads every byte to compare checksums: with a mesh (all ranks call it) the ranks share the work and agree on the answer.
 
     Raises:
-        RuntimeError: there are checkpoints but none is whole; a run that began anew would in the end remove them.
+        RuntimeError: there are checkpoints but none is whole; a run that began anew would in the end remove them. Or a run beside
+            this process has removed each one while it was read.
     """
     mesh = mesh or LocalMesh(torch.device("cpu"))
-    names = mesh.all_gather_object(on_rank_zero(mesh, lambda: checkpoint_folder.candidates(folder)))[0]
-    problem = ""
-    for name in names:
-        found = mesh.all_gather_object(_problem(folder / name, share=mesh.rank, shares=mesh.world_size))
-        problem = next(filter(None, found), "")
-        if not problem:
-            return folder / name
-        if mesh.rank == 0:
-            logger.warning("%s: trying the checkpoint before it", problem)
+    names, problem, is_gone = [], "", False
+    for _ in range(checkpoint_folder.LOOKS):
+        names = mesh.all_gather_object(on_rank_zero(mesh, lambda: checkpoint_folder.candidates(folder)))[0]
+        is_gone = False
+        for name in names:
+            found = mesh.all_gather_object(_problem(folder / name, share=mesh.rank, shares=mesh.world_size))
+            problem = next((sentence for sentence, _ in found if sentence is not None), "")
+            is_gone = any(taken_away for _, taken_away in found)
+            if not problem:
+                return folder / name
+            if is_gone:
+                break
+            if mesh.rank == 0:
+                logger.warning("%s: trying the checkpoint before it", problem)
+        if not is_gone:
+            break
+    if is_gone:
+        raise RuntimeError(checkpoint_folder.say_taken_away(folder))
     if names:
         raise RuntimeError(
             f"no checkpoint in {folder} is whole, the last one because {problem}: move the folder away to start anew"
@@ -251,12 +261,14 @@ def _check_whole(path: Path, *, share: int, shares: int) -> None:
     check_files(path, read_manifest(path).files, share=share, shares=shares)
 
 
-def _problem(path: Path, *, share: int, shares: int) -> str | None:
+def _problem(path: Path, *, share: int, shares: int) -> tuple[str | None, bool]:
+    """What is wrong with it, and whether that is because it was taken away."""
+    there = checkpoint_folder.identity(path)
     try:
         _check_whole(path, share=share, shares=shares)
     except RuntimeError as error:
-        return str(error)
-    return None
+        return str(error), checkpoint_folder.is_taken_away(path, there)
+    return None, False
 
 
 if __name__ == "__main__":

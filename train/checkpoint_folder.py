@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 LATEST = "latest"
 PARTIAL = ".partial"
 OLD = ".old"
+LOOKS = 5  # at a folder in which a run goes on: it removes a checkpoint only when its successor is there, so the second look mostly does
 STEP_FOLDER = re.compile(r"step_(\d{6,})(\.old)?")
 LATEST_LINE = re.compile(rf"([0-9a-f]{{64}})  step_\d{{6,}}/{re.escape(MANIFEST)}\n")
 
@@ -41,7 +42,7 @@ def candidates(folder: Path) -> list[str]:
     Raises:
         RuntimeError: `latest` is there but no checkpoint is.
     """
-    names = [entry.name for entry in folder.iterdir() if STEP_FOLDER.fullmatch(entry.name)] if folder.is_dir() else []
+    names = _names(folder)
     names.sort(key=lambda name: (step_of(name), not name.endswith(OLD)), reverse=True)
     latest = folder / LATEST
     if not names:
@@ -59,11 +60,51 @@ def candidates(folder: Path) -> list[str]:
 
 def meant(folder: Path) -> str | None:
     """The name of the checkpoint that `latest` means; None if there is none, or `latest` is damaged."""
-    digest = _latest_digest(folder)
-    if digest is None:
-        return None
-    names = sorted(entry.name for entry in folder.iterdir() if STEP_FOLDER.fullmatch(entry.name))
-    return next((name for name in names if _manifest_digest(folder / name) == digest), None)
+    for _ in range(LOOKS):
+        digest = _latest_digest(folder)
+        if digest is None:
+            break
+        found = next((name for name in sorted(_names(folder)) if _manifest_digest(folder / name) == digest), None)
+        if found is not None or digest == _latest_digest(folder):
+            return found
+    return None
+
+
+def latest_problem(folder: Path) -> str | None:
+    """What is wrong with `latest`: a resume would go on without it, from the newest whole checkpoint, with a warning."""
+    remedy = f"name one with `cd {folder} && sha256sum step_NNNNNN/{MANIFEST} > {LATEST}`, or let the next save do it"
+    file = folder / LATEST
+    if not file.exists():
+        return f"{file} must name a checkpoint, but is missing: {remedy}"
+    if _latest_digest(folder) is None:
+        return f"{file} must be a line as sha256sum writes it, but is damaged: {remedy}"
+    if meant(folder) is None:
+        return f"{file} must have the checksum of a checkpoint's {MANIFEST}, but none here has it (it is gone or damaged): {remedy}"
+    return None
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Which folder has this name now; None if none has. See `is_taken_away`."""
+    with contextlib.suppress(OSError):
+        found = path.lstat()
+        return found.st_ino, found.st_ctime_ns  # a number alone is given again
+    return None
+
+
+def is_taken_away(path: Path, there: tuple[int, int] | None) -> bool:
+    """The checkpoint that was `there` (its `identity`) is gone, or another has its name: a run beside the reader has gone on.
+
+    So what the reader has met is no damage; it looks again.
+    """
+    return there is None or identity(path) != there
+
+
+def say_taken_away(path: Path) -> str:
+    """The sentence of a reader that gives up; path: a checkpoint or the folder of all."""
+    return (
+        f"{path} must stay while it is read, but a run in that folder goes on and removes its old checkpoints: try again, wait for the "
+        "end of the run, or raise its checkpoint.keep"
+    )
 
 
 def step_of(name: str) -> int:
@@ -119,8 +160,8 @@ def publish(folder: Path, step: int, *, keep: int) -> None:
     _prune(folder, step, keep)
 
 
-def discard(path: Path) -> None:
-    """Removes a file or folder if it is there, a folder's name before its files. A failure is logged, not raised."""
+def discard(path: Path) -> bool:
+    """Removes a file or folder if it is there, a folder's name before its files: true if it is gone. A failure is logged, not raised."""
     try:
         if path.is_dir() and not path.name.endswith(PARTIAL):
             path = path.rename(path.with_name(path.name + PARTIAL))
@@ -130,6 +171,20 @@ def discard(path: Path) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("%s could not be removed (%s): the next save tries again", path, error)
+        return False
+    return True
+
+
+def _names(folder: Path) -> list[str]:
+    """Of the checkpoints. Empty beside a `latest` only if a second look says so too: a folder is not listed in one instant."""
+    names: list[str] = []
+    for _ in range(LOOKS):
+        names = (
+            [entry.name for entry in folder.iterdir() if STEP_FOLDER.fullmatch(entry.name)] if folder.is_dir() else []
+        )
+        if names or not (folder / LATEST).exists():
+            break
+    return names
 
 
 def _latest_digest(folder: Path) -> str | None:

@@ -4,6 +4,7 @@ Owns the looking and the rule of pruning. Does not own how checkpoints are writt
 printed (train/checkpoint_tool.py, the caller). One process.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,24 +32,16 @@ class Found:
     meant: bool
 
 
-@dataclass(frozen=True)
-class Places:
-    """A run folder and the folder of its checkpoints."""
-
-    run: Path
-    checkpoints: Path
-
-
-def places(folder: Path) -> Places:
-    """`folder` is a run folder or its folder of checkpoints.
+def checkpoints_of(folder: Path) -> Path:
+    """The folder of checkpoints, of a run folder or of itself.
 
     Raises:
         ValueError: it is neither.
     """
     if (folder / "checkpoints").is_dir():
-        return Places(folder, folder / "checkpoints")
-    if folder.is_dir() and (folder.name == "checkpoints" or checkpoint_folder.candidates(folder)):
-        return Places(folder.absolute().parent, folder)
+        return folder / "checkpoints"
+    if folder.is_dir() and (folder.absolute().name == "checkpoints" or checkpoint_folder.candidates(folder)):
+        return folder
     raise ValueError(
         f"DIR must be a run folder or its folder of checkpoints, but {folder} holds neither checkpoints/ nor a checkpoint: "
         "give the run.dir of a run that was saved"
@@ -56,59 +49,78 @@ def places(folder: Path) -> Places:
 
 
 def inventory(folder: Path) -> list[Found]:
-    """Every checkpoint, the oldest first; manifests are checked and the lengths of files, no tensor file is read."""
-    meant = checkpoint_folder.meant(folder)
-    found = [_look(folder / name, meant=name == meant) for name in checkpoint_folder.candidates(folder)]
-    return sorted(found, key=lambda one: (one.step, one.path.name))
+    """Every checkpoint, the oldest first; manifests are checked and the lengths of files, no tensor file is read.
+
+    What a run beside this process takes away meanwhile is not in it.
+    """
+    found: list[Found | None] = []
+    for _ in range(checkpoint_folder.LOOKS):
+        meant = checkpoint_folder.meant(folder)
+        found = [_look(folder / name, meant=name == meant) for name in checkpoint_folder.candidates(folder)]
+        if None not in found:
+            break
+    return sorted((one for one in found if one is not None), key=lambda one: (one.step, one.path.name))
 
 
-def damages(path: Path, *, tell: Callable[[int], object] = lambda size: None) -> list[str]:
-    """A sentence for each damaged file of a checkpoint, of which every byte is read. tell: called with the bytes that were read."""
+def damages(path: Path, *, tell: Callable[[int], object] = lambda size: None) -> list[str] | None:
+    """A sentence for each damaged file of a checkpoint, of which every byte is read; None if a run has taken it away meanwhile.
+
+    tell: called with the bytes that were read.
+    """
+    there, sentences = checkpoint_folder.identity(path), []
     try:
-        manifest = read_manifest(path)
+        for name, entry in sorted(read_manifest(path).files.items()):
+            try:
+                check_file(path / name, entry, tell=tell)
+            except RuntimeError as error:
+                sentences.append(str(error))
     except RuntimeError as error:
-        return [str(error)]
-    sentences = []
-    for name, entry in sorted(manifest.files.items()):
-        try:
-            check_file(path / name, entry, tell=tell)
-        except RuntimeError as error:
-            sentences.append(str(error))
-    return sentences
+        sentences.append(str(error))
+    return None if sentences and checkpoint_folder.is_taken_away(path, there) else sentences
 
 
 def prunable(found: list[Found], *, keep: int, every: int | None) -> list[Found]:
     """Those that may go when the newest `keep` stay, and each whose step is a multiple of `every`.
 
-    The one that `latest` means stays. If none of those that stay is whole, the newest whole one of the others stays too: for this
-    files are read, from the newest on, until a whole checkpoint is found.
+    The one that `latest` means stays, and so does the newest whole one: for this files are read, from the newest on, until a
+    whole checkpoint is found.
     """
     newest = found[-keep:]
-    stays = [one for one in found if one in newest or one.meant or (every and one.step % every == 0)]
-    goes = [one for one in found if one not in stays]
-    if goes and not any(_is_whole(one) for one in reversed(stays)):
-        last = next((one for one in reversed(goes) if _is_whole(one)), None)
-        goes = [one for one in goes if one is not last]
+    goes = [one for one in found if not (one in newest or one.meant or (every and one.step % every == 0))]
+    if goes:
+        whole = next((one for one in reversed(found) if _is_whole(one)), None)
+        goes = [one for one in goes if one is not whole]
     return goes
 
 
 def _is_whole(one: Found) -> bool:
-    return one.problem is None and not damages(one.path)
+    return one.problem is None and damages(one.path) == []
 
 
-def _look(path: Path, *, meant: bool) -> Found:
-    sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
-    about = {"path": path, "step": checkpoint_folder.step_of(path.name), "size": sum(sizes.values()), "meant": meant}
+def _look(path: Path, *, meant: bool) -> Found | None:
+    """None if it was taken away meanwhile."""
+    there, sizes = checkpoint_folder.identity(path), {}
+    with contextlib.suppress(
+        FileNotFoundError, NotADirectoryError
+    ):  # taken away, or a file that has a checkpoint's name
+        sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
+    manifest = None
     try:
         manifest = read_manifest(path)
+        problem = _cheap_problem(path, manifest, sizes)
     except RuntimeError as error:
-        return Found(**about, num_files=len(sizes), position=None, layout=None, problem=str(error))
+        problem = str(error)
+    if problem is not None and checkpoint_folder.is_taken_away(path, there):
+        return None
     return Found(
-        **about,
+        path=path,
+        step=checkpoint_folder.step_of(path.name),
+        size=sum(sizes.values()),
         num_files=len(sizes),
-        position=manifest.position,
-        layout=_layout(manifest),
-        problem=_cheap_problem(path, manifest, sizes),
+        position=None if manifest is None else manifest.position,
+        layout=None if manifest is None else _layout(manifest),
+        problem=problem,
+        meant=meant,
     )
 
 

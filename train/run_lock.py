@@ -1,8 +1,10 @@
 """One writer at a time: a run folder belongs to the process that holds the lock on its file `lock`.
 
-Owns that file. The lock is the kernel's (flock): it ends with the process that holds it, however that ends, so a file that is left
-behind means nothing. Called by train/run.py (rank 0, from before the checkpoints are read to the end of the run) and by the commands
-of train/checkpoint_tool.py that remove something.
+Owns that file, and a second one in the folder of checkpoints, which may lie elsewhere (a link to a larger disk) and be named by that
+place: a run holds both, what only removes checkpoints the second. The lock is the kernel's (flock): it ends with the process that
+holds it, however that ends, so a file that is left behind means nothing. Only while a process holds it must the file stay: remove it by
+hand, and the next process locks a new one and writes beside the first. Called by train/run.py (rank 0, from before the checkpoints are read
+to the end of the run) and by the commands of train/checkpoint_tool.py that remove something.
 """
 
 import contextlib
@@ -17,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
-from train.run_folder import explained
+from train.run_folder import RunFolder, explained
 from train.together import Ranks, on_rank_zero
 
 logger = logging.getLogger(__name__)
@@ -29,19 +31,22 @@ POLL_S = 0.1
 
 @contextlib.contextmanager
 def hold_together(ranks: Ranks, folder: Path) -> Iterator[None]:
-    """The lock for all ranks of a run: rank 0 holds it, and all hear if it cannot.
+    """Both locks of the run folder `folder` for all ranks of a run: rank 0 holds them, and all hear if it cannot.
 
     Raises:
         RuntimeError: see `hold`.
     """
     with contextlib.ExitStack() as held:
         on_rank_zero(ranks, lambda: held.enter_context(hold(folder)))
+        on_rank_zero(ranks, lambda: held.enter_context(hold(RunFolder(folder).checkpoints, leave_file=False)))
         yield
 
 
 @contextlib.contextmanager
-def hold(folder: Path, *, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """Holds the run folder `folder`, which is made if it is not there, and removed again if nothing else was put into it.
+def hold(folder: Path, *, patience_s: float = PATIENCE_S, leave_file: bool = True) -> Iterator[None]:
+    """Holds the folder `folder`, which is made if it is not there, and removed again if nothing else was put into it.
+
+    leave_file: false removes the file again at the end, whatever else is in the folder.
 
     Raises:
         RuntimeError: another process holds it (says which, where and since when), or the folder cannot be written.
@@ -57,9 +62,13 @@ def hold(folder: Path, *, patience_s: float = PATIENCE_S) -> Iterator[None]:
     try:
         yield
     finally:
-        if os.listdir(folder) == [LOCK_FILE]:
-            path.unlink()
-            folder.rmdir()
+        # the folder may be gone, with what it was held for: that must not hide the error that ends the run
+        with contextlib.suppress(OSError):
+            is_alone = os.listdir(folder) == [LOCK_FILE]
+            if is_alone or not leave_file:
+                path.unlink()
+            if is_alone:
+                folder.rmdir()
         file.close()
 
 

@@ -56,30 +56,47 @@ def open_saver(
 
 @dataclass
 class Write:
-    """A checkpoint that is being written. failure and seconds are set by the thread before it ends."""
+    """A checkpoint that is being written. failure and seconds are set by the thread before it says that it has ended.
+
+    ended: an event, because Thread.join, broken off by an exception (Ctrl-C), takes a live thread for an ended one (Python 3.11).
+    """
 
     step: int
+    limit_s: float
     began: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     failure: str | None = None
     thread: threading.Thread | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
 
     def run(self, work: Callable[[], object]) -> None:
         try:
             work()
         except Exception as error:  # whatever it was: it becomes the sentence of a failed save
-            self.failure = (
-                str(error) if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__}: {error}"
-            )
-        self.seconds = time.monotonic() - self.began
+            self.failure = _said(error)
+            if not isinstance(error, RuntimeError | ValueError) and str(error):
+                self.failure = f"{type(error).__name__}: {error}"
+        finally:
+            self.seconds = time.monotonic() - self.began
+            self.ended.set()
 
     @property
     def is_on(self) -> bool:
-        return self.thread is not None and self.thread.is_alive()
+        return self.thread is not None and not self.ended.is_set()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that it may still take."""
+        return self.began + self.limit_s - time.monotonic()
+
+    @property
+    def is_late(self) -> bool:
+        """It takes, or took, longer than it may: a rank may have given up waiting for another, and then no collective works any more."""
+        return self.thread is not None and (self.left_s <= 0 if self.is_on else self.seconds > self.limit_s)
 
     def wait(self, seconds: float) -> None:
         if self.thread is not None:
-            self.thread.join(max(0.0, seconds))
+            self.ended.wait(max(0.0, seconds))
 
 
 class Saver:
@@ -115,7 +132,7 @@ class Saver:
         """
         began = time.monotonic()
         self.settle()
-        write = self._write = Write(state.step)
+        write = self._write = Write(state.step, self._settings.timeout_s)
         try:
             fragments, tensors = list(fragments), dict(tensors)
             if self._settings.asynchronous:
@@ -130,12 +147,14 @@ class Saver:
             self.settle()
 
     def look(self) -> None:
-        """After a step: if a write has ended on all ranks, all learn what came of it. An all-reduce of 4 bytes while there is one.
+        """After a step: if a write has ended on all ranks, or is late, all learn what came of it. While there is one, an all-reduce of
+        4 bytes.
 
         Raises:
             RuntimeError: see `save`.
         """
-        if self._write is not None and not self._world.agree(self._write.is_on):
+        write = self._write
+        if write is not None and not self._world.agree(write.is_on and not write.is_late):
             self.settle()
 
     def settle(self) -> None:
@@ -147,18 +166,19 @@ class Saver:
         write = self._write
         if write is None:
             return
-        write.wait(write.began + self._settings.timeout_s - time.monotonic())
-        told = self._world.all_gather_object([write.is_on, write.failure])
-        late = [rank for rank, (is_on, _) in enumerate(told) if is_on]
-        if late:  # its copy cannot be overwritten and its mesh is in use: there cannot be another save
-            raise RuntimeError(
-                f"the checkpoint of step {write.step} must be written in {self._settings.timeout_s:g} s, but on rank {late[0]} of "
-                f"{len(told)} it is still not: check the disk of {self._folder}, or raise checkpoint.timeout_s; the checkpoints before "
-                "it are untouched"
-            )
+        write.wait(write.left_s)
+        told = self._world.all_gather_object([write.is_on, write.is_late, write.seconds, write.failure])
+        for rank, (is_on, is_late, seconds, _) in enumerate(told):
+            # its copy cannot be overwritten or its mesh does not work any more: there cannot be another save
+            if is_on or is_late:
+                found = "it is still not" if is_on else f"it took {seconds:.1f} s"
+                raise RuntimeError(
+                    f"the checkpoint of step {write.step} must be written in {write.limit_s:g} s, but on rank {rank} of {len(told)} "
+                    f"{found}: check the disk of {self._folder}, or raise checkpoint.timeout_s; the checkpoints before it are untouched"
+                )
         self._write = None
         self._record["write_seconds"] = write.seconds
-        failure = next((failure for _, failure in told if failure is not None), None)
+        failure = next((failure for *_, failure in told if failure is not None), None)
         self._failures = 0 if failure is None else self._failures + 1
         self._record["failures"] = self._failures
         if failure is not None:
@@ -194,13 +214,13 @@ class Saver:
             self._copy.close()
 
     def _wait_at_end(self, write: Write, error: BaseException | None) -> None:
-        limit = write.began + self._settings.timeout_s - time.monotonic()
+        limit = write.left_s
         if error is not None:
             limit = min(limit, self._patience_s)
         write.wait(min(limit, QUIET_S))
         if write.is_on and limit > QUIET_S:
             # the reason first: should the process be ended while it waits, it is on the console
-            reason = "the run ends" if error is None else f"the run ends because {error}"
+            reason = "the run ends" if error is None else f"the run ends because {_said(error)}"
             logger.warning(
                 "%s; the checkpoint of step %d is being written, for at most %.0f s more", reason, write.step, limit
             )
@@ -225,8 +245,9 @@ class Saver:
 
         if self._settings.asynchronous:
             # daemon: a disk that never answers must not keep the process
-            write.thread = threading.Thread(target=write.run, args=(work,), name="checkpoint", daemon=True)
-            write.thread.start()
+            thread = threading.Thread(target=write.run, args=(work,), name="checkpoint", daemon=True)
+            thread.start()
+            write.thread = thread
         else:
             write.run(work)
 
@@ -241,3 +262,7 @@ class Saver:
 
     def _count(self, name: str, seconds: float) -> None:
         self._record[name] = self._record.get(name, 0.0) + seconds
+
+
+def _said(error: BaseException) -> str:
+    return str(error) or type(error).__name__

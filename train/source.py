@@ -9,23 +9,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from train import checkpoint
 from train.boxes import Span, common
 from train.checkpoint import Mesh
+from train.checkpoint_folder import LOOKS, identity, is_taken_away, say_taken_away
 from train.config import Config, read_saved
 from train.engine import LocalMesh
 from train.export import ExportConfig, is_export, read_export
 from train.manifest import MANIFEST, STATE, Manifest, read_manifest
-from train.storage import DTYPES, Part, check_files, read_parts
+from train.storage import DTYPES, Part, check_files, mapped, read_parts
 from train.together import on_every_rank
 
 MASTER = "master"
+Result = TypeVar("Result")
 NOT_OF_THE_MODEL = re.compile(r"memory\.\d+\.")  # states of the data's streams
 
 
@@ -86,13 +88,8 @@ class ExportSource:
     shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str) -> Tensor:
-        file = self.path / self.files[name]
-        try:
-            with safe_open(file, framework="pt") as opened:
-                values = opened.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise RuntimeError(f"{file} cannot be read ({error}): export the model again") from error
-        return values.to(torch.float32)
+        with mapped(self.path / self.files[name], remedy="export the model again") as opened:
+            return opened.get_tensor(name).to(torch.float32)
 
     def fill(self, parts: Sequence[Part]) -> None:
         fill_from(parts, self.read)
@@ -101,31 +98,56 @@ class ExportSource:
 Source = CheckpointSource | ExportSource
 
 
-def open_source(folder: Path, *, setting: str, mesh: Mesh | None = None) -> Source:
-    """The model in `folder`: a run folder or its folder of checkpoints (the newest whole one), one checkpoint, or an export.
+def read_from(folder: Path, work: Callable[[Source], Result], *, setting: str, mesh: Mesh | None = None) -> Result:
+    """What `work` makes of the model in `folder`: a run folder or its folder of checkpoints (the newest whole one), one checkpoint, or an
+    export.
 
-    Every file's checksum is compared. With a mesh, all ranks call this and share that work.
+    Every file's checksum is compared. With a mesh, all ranks call this and share that work. If a run that goes on takes the
+    checkpoint away meanwhile, `work` begins again with the newest one: what fails in it must fail on all ranks.
 
     Args:
         setting: what the user has named the folder in, for the errors.
 
     Raises:
         ValueError: there is none, or the tokenizer beside it is another.
-        RuntimeError: it is damaged.
+        RuntimeError: it is damaged, or was taken away: the one that the user has named, or each newest one.
     """
     mesh = mesh or LocalMesh(torch.device("cpu"))
+    path, failure = folder, None
+    for _ in range(LOOKS):
+        path, run = _find(folder, setting=setting, mesh=mesh)
+        there = identity(path)
+        try:
+            return work(_open(path, run, mesh, verify=path == folder))
+        except RuntimeError as error:
+            if not any(mesh.all_gather_object(is_taken_away(path, there))):
+                raise
+            failure = error
+        if path == folder:
+            break
+    raise RuntimeError(say_taken_away(path)) from failure
+
+
+def _find(folder: Path, *, setting: str, mesh: Mesh) -> tuple[Path, Path | None]:
+    """The checkpoint and its run folder; an export and None."""
     if is_export(folder):
-        return on_every_rank(mesh, lambda: _export(folder, mesh))
+        return folder, None
     if (folder / MANIFEST).is_file():
-        return on_every_rank(mesh, lambda: _checkpoint(folder, folder.absolute().parent.parent, mesh))
+        return folder, folder.absolute().parent.parent
     inner = folder / "checkpoints"
-    checkpoints = inner if inner.is_dir() or folder.name != "checkpoints" else folder
+    checkpoints = folder if not inner.is_dir() and folder.absolute().name == "checkpoints" else inner
     newest = checkpoint.latest(checkpoints, mesh=mesh)
     if newest is None:
         raise ValueError(
             f"{setting} must name the folder of a run that was saved, or an export, but {checkpoints} holds no checkpoint"
         )
-    return on_every_rank(mesh, lambda: _checkpoint(newest, checkpoints.absolute().parent, None))
+    return newest, checkpoints.absolute().parent
+
+
+def _open(path: Path, run: Path | None, mesh: Mesh, *, verify: bool) -> Source:
+    if run is None:
+        return on_every_rank(mesh, lambda: _export(path, mesh))
+    return on_every_rank(mesh, lambda: _checkpoint(path, run, mesh if verify else None))
 
 
 def read_all(source: Source) -> dict[str, Tensor]:
@@ -171,12 +193,9 @@ def _export(folder: Path, verify: Mesh) -> ExportSource:
 def _opened(folder: Path, config: ExportConfig, tokenizer: Tokenizer) -> ExportSource:
     files, shapes = {}, {}
     for name in sorted(config.files):
-        try:
-            with safe_open(folder / name, framework="pt") as opened:
-                names = opened.keys()  # the opened file itself is no iterable
-                for tensor in names:
-                    files[tensor], shapes[tensor] = name, tuple(opened.get_slice(tensor).get_shape())
-        except (OSError, SafetensorError) as error:
-            raise RuntimeError(f"{folder / name} cannot be read ({error}): export the model again") from error
+        with mapped(folder / name, remedy="export the model again") as opened:
+            names = opened.keys()  # the opened file itself is no iterable
+            for tensor in names:
+                files[tensor], shapes[tensor] = name, tuple(opened.get_slice(tensor).get_shape())
     saved = read_saved({**config.trained_with, "model": config.model})
     return ExportSource(folder, config.step, saved, tokenizer, files, shapes)

@@ -215,12 +215,27 @@ def read_parts(path: Path, manifest: Manifest, parts: Sequence[Part]) -> None:
             if any(common(part.span, piece.span(part.shape), part.shape)):
                 wanted[piece.file].append((part, piece))
     for name, copies in wanted.items():  # file by file: who reads everything keeps one file open, not a thousand
+        with mapped(path / name, remedy="use another checkpoint") as file:
+            for part, piece in copies:
+                _copy(file.get_slice(piece.key), part, piece, dtype=manifest.tensors[part.name].dtype)
+
+
+@contextlib.contextmanager
+def mapped(file: Path, *, remedy: str) -> Iterator[Any]:
+    """A safetensors file mapped into memory.
+
+    Raises:
+        RuntimeError: it cannot be read; names it and the remedy.
+    """
+    try:
         try:
-            with safe_open(path / name, framework="pt") as file:
-                for part, piece in copies:
-                    _copy(file.get_slice(piece.key), part, piece, dtype=manifest.tensors[part.name].dtype)
-        except (OSError, SafetensorError) as error:
-            raise RuntimeError(f"{path / name} cannot be read ({error}): use another checkpoint") from error
+            opened = safe_open(file, framework="pt")
+        except RuntimeError as error:  # of torch, which maps the file: in its own words, with the path in them
+            raise OSError(str(error)) from error
+        with opened as readable:
+            yield readable
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(f"{file} cannot be read ({error}): {remedy}") from error
 
 
 def _copy(stored: Any, part: Part, piece: Piece, *, dtype: DType) -> None:

@@ -12,7 +12,7 @@ from data.tokenizer import Tokenizer
 from model.transformer import Transformer
 from train.build import load_model
 from train.config import Config
-from train.source import open_source, read_all
+from train.source import read_all, read_from
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,6 @@ def load_run(folder: Path, *, device: torch.device) -> Trained:
         ValueError: there is no checkpoint in the folder, or the tokenizer is not that of the run.
         RuntimeError: no checkpoint is whole, or the export is damaged.
     """
-    source = open_source(folder, setting="--run")
-    model = load_model(read_all(source), source.config, vocab_size=source.tokenizer.vocab_size, device=device)
+    source, weights = read_from(folder, lambda source: (source, read_all(source)), setting="--run")
+    model = load_model(weights, source.config, vocab_size=source.tokenizer.vocab_size, device=device)
     return Trained(source.path, source.step, source.config, source.tokenizer, model)

@@ -24,7 +24,8 @@ def start(processes: Processes, arguments: list[str], fault: str, *, step: int, 
 
 
 def checkpoints(config: ConfigFile) -> list[str]:
-    return sorted(path.name for path in (config.folder / "checkpoints").iterdir())
+    """All names but that of the lock, which a killed process leaves behind."""
+    return sorted(path.name for path in (config.folder / "checkpoints").iterdir() if path.name != "lock")
 
 
 def test_a_disk_that_is_full_on_one_rank_is_told_with_the_rank_and_the_run_goes_on(

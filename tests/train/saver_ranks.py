@@ -24,7 +24,9 @@ RANKS = 2
 
 
 class Rank(ThreadMesh):
-    """A rank with a second world for its saver's thread."""
+    """A rank with a second world for its saver's thread. patience: how long its collectives were asked to wait."""
+
+    patience: float | None = None
 
     def __init__(self, world: World, channel: World, rank: int) -> None:
         super().__init__(world, rank)
@@ -35,6 +37,7 @@ class Rank(ThreadMesh):
 
     @contextlib.contextmanager
     def beside(self, *, timeout_s: float) -> Iterator[Any]:
+        self.patience = timeout_s
         yield ThreadMesh(self.channel, self.rank)
 
 

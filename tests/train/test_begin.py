@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from model.parameters import materialize
+from model.parameters import materialize, states_of
 from model.transformer import Transformer
 from tests.model.build import context, tokens
 from tests.train.tiny_job import ALONE, another_tokenizer, tiny_config, write_shards
 from train import checkpoint_tool
 from train.checkpoint import latest, read_state, read_tensors
 from train.config import Config
+from train.engine import PlainEngine
 from train.evaluate import score
 from train.run import run
 from train.trained import load_run
@@ -229,6 +230,23 @@ def test_an_upcycled_run_begins_where_the_dense_one_ended(folder: Path, dtype: s
         assert loss(folder / "twin") != pytest.approx(expected, rel=1e-7)
     else:
         assert loss(folder / "twin") == pytest.approx(expected, rel=3e-3)
+
+
+def test_an_upcycled_run_takes_the_states_of_layers_that_stay_and_only_new_ones_are_fresh(folder: Path, monkeypatch):
+    """The router bias of a sigma-MoE beside which attention becomes SwitchHead; and of one that was dense."""
+    bias, begins = "layers.0.feedforward.selection.bias", []
+    monkeypatch.setattr(
+        PlainEngine, "restored", lambda self, *, step: begins.append(states_of(self.model)[bias].clone())
+    )
+    stays = WITH_BIAS | {"dropout": 0.0}
+    dense = {"mixers": ["attention"], "switchhead": None, "attention": {"num_heads": 2, "head_dim": 4}}
+    run(run_of(folder, "mixed", run={"steps": 3}, model=WITH_BIAS | dense | {"dropout": 0.0}), ALONE)
+    run(run_of(folder, "twin", run={"init_from": str(folder / "mixed"), "upcycle": True}, model=stays), ALONE)
+    taken = weights(folder / "mixed")[bias]
+    assert taken.any()
+    new = TWIN | {"sigma_moe": EXPERTS | {"expert_dim": 12}}
+    run(run_of(folder, "new", run={"init_from": str(folder / "dense"), "upcycle": True}, model=new), ALONE)
+    assert [found.tolist() for found in begins] == [taken.tolist(), [0.0] * 5]
 
 
 def test_the_new_routers_are_those_of_the_seed_made_small(folder: Path):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from model.parameters import Table, logical_parameters, materialize, zeros
 from tests.train.thread_mesh import (
     KINDS,
     STATE,
+    ThreadMesh,
     blank,
     draw,
     join,
@@ -30,7 +32,7 @@ from tests.train.thread_mesh import (
 )
 from train import storage
 from train.checkpoint import TrainState, latest, load, read_state, read_tensors, save
-from train.manifest import read_manifest
+from train.manifest import FileEntry, read_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +176,25 @@ def test_a_rank_with_nothing_writes_no_file(tmp_path: Path) -> None:
     path = save_split(tmp_path, draw(0), 3)
     names = sorted(file.name for file in path.iterdir())
     assert names == ["manifest.json", "manifest.sha256", "rank_00000.safetensors", "rank_00001.safetensors"]
+
+
+def test_each_file_is_read_back_by_the_next_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a network file system its writer would be answered from its own memory."""
+    ranks: dict[int, int] = {}
+    read: list[tuple[int, str]] = []
+    check = storage.check_file
+
+    def noted(file: Path, entry: FileEntry) -> None:
+        read.append((ranks[threading.get_ident()], file.name))
+        check(file, entry)
+
+    def work(mesh: ThreadMesh) -> None:
+        ranks[threading.get_ident()] = mesh.rank
+        save(tmp_path, state=STATE, fragments=split(draw(1), 2, seed=0)[mesh.rank], mesh=mesh, keep=1)
+
+    monkeypatch.setattr(storage, "check_file", noted)
+    on_ranks(2, work)
+    assert sorted(read) == [(0, "rank_00001.safetensors"), (1, "rank_00000.safetensors")]
 
 
 def test_keep_must_be_positive(tmp_path: Path) -> None:

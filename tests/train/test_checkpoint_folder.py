@@ -14,7 +14,7 @@ import pytest
 from tests.train.disk_states import plant, recorded
 from tests.train.thread_mesh import STATE, draw, load_split, on_ranks, same, save_split
 from train.checkpoint import latest, read_state
-from train.checkpoint_folder import prepare
+from train.checkpoint_folder import candidates, prepare
 from train.inventory import damages
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
     with pytest.raises(RuntimeError, match="step_000200/"):
         load_split(newest, 2)
     assert found(tmp_path) == 1
-    (sentence,) = damages(newest)
+    (sentence,) = damages(newest) or []
     assert f"step_000200/{name}" in sentence or (name == "manifest.sha256" and "manifest.json" in sentence)
 
 
@@ -233,6 +233,12 @@ def test_latest_decides_when_a_newer_step_lies_beside(tmp_path: Path) -> None:
     before = save_draw(tmp_path, 1, step=100)
     (tmp_path / "aside").rename(tmp_path / "step_000200")
     assert latest(tmp_path) == before
+
+
+def test_without_latest_the_newest_comes_first_and_of_a_step_the_one_with_the_plain_name(tmp_path: Path) -> None:
+    for name in ("step_000100", "step_000100.old", "step_000090", "step_1000000", "step_000200.partial", "notes"):
+        (tmp_path / name).mkdir()
+    assert candidates(tmp_path) == ["step_1000000", "step_000100", "step_000100.old", "step_000090"]
 
 
 def test_no_checkpoint_is_none_and_only_damaged_ones_are_an_error(tmp_path: Path) -> None:

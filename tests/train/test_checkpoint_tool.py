@@ -1,6 +1,7 @@
 """python -m train.checkpoint list, verify, prune: what is said of a folder, and that pruning never costs a resume."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import subprocess
@@ -8,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.train.disk_states import plant, recorded
 from tests.train.thread_mesh import STATE, draw, save_split
 from train.checkpoint import latest
 from train.checkpoint_tool import main
-from train.run_lock import hold
+from train.engine import LocalMesh
+from train.run_lock import hold, hold_together
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -168,6 +171,59 @@ def test_prune_never_removes_the_last_whole_one(run: Path):
     assert steps(run) == [500]  # nothing whole is left to be kept
 
 
+def test_prune_keeps_the_newest_whole_one_whatever_older_ones_stay(run: Path):
+    """200 is whole and stays as a multiple; it is no reason to let 300 go, from which a resume would go on."""
+    folder = run / "checkpoints"
+    for step in (400, 500):
+        flip(folder / f"step_000{step}" / "rank_00000.safetensors")
+    assert main(["prune", str(run), "--keep", "1", "--every", "200"]) == 0
+    assert steps(run) == [200, 300, 400, 500]
+    assert latest(folder) == folder / "step_000300"
+
+
+@pytest.mark.parametrize("refused", ["rename", "rmtree"])
+def test_prune_says_what_it_could_not_remove(run: Path, capsys, monkeypatch: pytest.MonkeyPatch, refused: str):
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patched:
+        patched.setattr({"rename": Path, "rmtree": shutil}[refused], refused, refuse)
+        assert main(["prune", str(run), "--keep", "4"]) == 1
+    said = capsys.readouterr()
+    assert f"error: 1 of {run}/checkpoints must be removed, but could not be, the first of them step_000100" in said.err
+    assert said.out == "removed: 0 checkpoints, 0 bytes\n"
+    assert main(["prune", str(run), "--keep", "4"]) == 0
+    assert sorted(path.name for path in (run / "checkpoints").glob("step_000100*")) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "latest").unlink(), "latest must name a checkpoint, but is missing"),
+        (lambda folder: (folder / "latest").write_bytes(b"\0" * 80), "latest must be a line as sha256sum writes it, but is damaged"),
+        (lambda folder: shutil.rmtree(folder / "step_000500"), "latest must have the checksum of a checkpoint's manifest.json, but"),
+    ],
+    ids=["missing", "damaged", "its checkpoint is gone"],
+)  # fmt: skip
+@pytest.mark.parametrize("command", [["verify"], ["list", "--verify"]])
+def test_a_latest_that_is_of_no_use_is_named(run: Path, capsys, command: list[str], damage, sentence: str):
+    assert main([*command, str(run)]) == 0
+    assert "damaged" not in capsys.readouterr().out
+    damage(run / "checkpoints")
+    assert main([*command, str(run)]) == 1
+    assert f"damaged: {run}/checkpoints/{sentence}" in capsys.readouterr().out
+
+
+def test_a_file_with_a_checkpoints_name_is_a_damaged_checkpoint(run: Path, capsys):
+    (run / "checkpoints" / "step_000600").write_text("no folder")
+    assert main(["list", str(run)]) == 0
+    assert row(capsys.readouterr().out, 600)[-1] == "damaged"
+    assert main(["verify", str(run)]) == 1
+    said = capsys.readouterr().out
+    assert "step_000600/manifest.json cannot be read (Not a directory)" in said
+    assert said.splitlines()[-1] == f"a resume would use {run}/checkpoints/step_000500"
+
+
 def test_a_kill_of_prune_at_any_instant_leaves_what_a_resume_needs(run: Path, tmp_path: Path, monkeypatch):
     folder = run / "checkpoints"
     with recorded(folder, monkeypatch) as recorder:
@@ -184,10 +240,13 @@ def test_a_kill_of_prune_at_any_instant_leaves_what_a_resume_needs(run: Path, tm
 
 
 def test_prune_is_refused_while_a_run_holds_the_folder(run: Path, capsys, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("train.checkpoint_tool.hold", lambda path: hold(path, patience_s=0.0))
-    with hold(run):
-        assert main(["prune", str(run / "checkpoints"), "--keep", "1"]) == 1
-        assert f"{run} must be used by one process at a time" in capsys.readouterr().err
+    monkeypatch.setattr("train.checkpoint_tool.hold", lambda path, **how: hold(path, patience_s=0.0, **how))
+    (run.parent / "link").symlink_to(run / "checkpoints")
+    with hold_together(LocalMesh(torch.device("cpu")), run):
+        for folder in (run, run / "checkpoints", run.parent / "link"):
+            assert main(["prune", str(folder), "--keep", "1"]) == 1
+            assert f"process {os.getpid()} on" in capsys.readouterr().err
+        assert not (run.parent / "lock").exists()
         assert steps(run) == [100, 200, 300, 400, 500]
         for command in (["list"], ["verify"], ["prune", "--keep", "1", "--dry-run"]):
             assert main([*command, str(run)]) == 0

@@ -116,6 +116,12 @@ def test_a_load_that_does_not_fit_is_refused_by_all_ranks(
     assert outcome.calls[0] == outcome.calls[1]
 
 
+def test_a_named_tensor_with_two_dtypes_is_refused_even_if_it_is_empty(tmp_path: Path) -> None:
+    tensors = [{"none": torch.zeros(0)}, {"none": torch.zeros(0, dtype=torch.int64)}]
+    with pytest.raises(RuntimeError, match=r"state/none .* F32 \[0\] on an earlier rank and I64 \[0\] on rank 1"):
+        on_ranks(2, lambda m: save(tmp_path, state=STATE, fragments=[], mesh=m, keep=1, tensors=tensors[m.rank]))
+
+
 def test_ranks_at_different_steps_do_not_save(tmp_path: Path) -> None:
     states = [STATE, dataclasses.replace(STATE, position=1616)]
     with pytest.raises(RuntimeError, match="rank 0 is at 100 and 1600, rank 1 at 100 and 1616"):

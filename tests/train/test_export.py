@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from train.evaluate import score
 from train.export import read_export, write_export
 from train.generate import Sampling, generate
 from train.run import run
-from train.source import open_source
+from train.source import CheckpointSource, read_from
 from train.trained import load_run
 
 CPU = torch.device("cpu")
@@ -56,6 +57,12 @@ def config_of(folder: Path, model: dict[str, Any]) -> Config:
 def export(run_folder: Path, out: Path, *options: str) -> Path:
     assert checkpoint_tool.main(["export", str(run_folder), str(out), *options]) == 0
     return out
+
+
+def source_of(run_folder: Path) -> CheckpointSource:
+    source = read_from(run_folder, lambda source: source, setting="DIR")
+    assert isinstance(source, CheckpointSource)
+    return source
 
 
 def expected(run_folder: Path) -> dict[str, torch.Tensor]:
@@ -109,8 +116,8 @@ def test_bfloat16_rounds_all_but_routers_and_states(trained: dict[str, Path], tm
 
 
 def test_large_models_are_several_files_with_the_index_of_the_hub(trained: dict[str, Path], tmp_path: Path):
-    source = open_source(trained["switchall"], setting="DIR")
-    write_export(tmp_path / "out", source, dtype="float32", shard_bytes=2000)  # pyright: ignore[reportArgumentType]
+    source = source_of(trained["switchall"])
+    write_export(tmp_path / "out", source, dtype="float32", shard_bytes=2000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     names = sorted(set(index["weight_map"].values()))
     count = len(names)
@@ -199,8 +206,16 @@ def test_a_damaged_export_is_named(trained: dict[str, Path], tmp_path: Path, dam
         load_run(out, device=CPU)
 
 
+def test_a_run_whose_tokenizer_is_another_is_an_error_with_both(trained: dict[str, Path], tmp_path: Path):
+    folder = Path(shutil.copytree(trained["switchall"], tmp_path / "run"))
+    own = load_tokenizer(folder / "tokenizer.json").tokenizer_id
+    (folder / "tokenizer.json").write_bytes(another_tokenizer().to_bytes())
+    with pytest.raises(ValueError, match=rf"it is {another_tokenizer().tokenizer_id} and .* was trained with {own}"):
+        source_of(folder)
+
+
 def test_a_full_disk_leaves_nothing(trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    source = open_source(trained["switchall"], setting="DIR")
+    source = source_of(trained["switchall"])
 
     def read(name: str) -> torch.Tensor:
         raise OSError(28, "No space left on device")

@@ -34,3 +34,5 @@ def test_a_copy_is_equal_keeps_shapes_and_dtypes_and_takes_the_same_memory_again
             assert (copied.tensors[name].dtype, copied.tensors[name].shape) == (tensor.dtype, tensor.shape)
         places.append(copied.fragments[0].tensors["master"].data_ptr())
     assert places[0] == places[1]
+    less = holder.take(fragments[:1], {})
+    assert less.fragments[0].tensors["master"].data_ptr() == places[0], "a smaller copy fits, and nothing is taken anew"

@@ -1,9 +1,11 @@
 """train/run_lock.py: the second process on a run folder is refused, and a dead one keeps nobody out."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,9 +16,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.train.thread_mesh import try_ranks
 from tests.train.tiny_job import ALONE, records, tiny_config, write_shards
+from train.engine import LocalMesh
 from train.run import run
 from train.run_lock import hold, hold_together
 
@@ -142,17 +146,43 @@ def test_all_ranks_hear_that_rank_0_was_refused(folder: Path, monkeypatch: pytes
             pass
 
     assert try_ranks(3, work).errors == [None] * 3
-    monkeypatch.setattr("train.run_lock.hold", lambda path: hold(path, patience_s=0.0))
-    with hold(folder):
-        errors = try_ranks(3, work).errors
-    assert ["one process at a time" in str(error) for error in errors] == [True] * 3
+    monkeypatch.setattr("train.run_lock.hold", lambda path, **how: hold(path, patience_s=0.0, **how))
+    for held in (folder, folder / "checkpoints"):
+        with hold(held):
+            errors = try_ranks(3, work).errors
+        assert [f"{held} must be used by one process at a time" in str(error) for error in errors] == [True] * 3
+    assert {path.name for path in folder.iterdir()} == {"lock", "notes.txt"}
+
+
+def test_a_run_holds_its_checkpoints_under_every_name_of_their_folder(tmp_path: Path, folder: Path):
+    """They lie on a larger disk, and `checkpoints` is a link to it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "latest").touch()
+    (folder / "checkpoints").symlink_to(disk)
+    with hold_together(LocalMesh(torch.device("cpu")), folder):
+        with pytest.raises(RuntimeError, match="one process at a time"), hold(disk, patience_s=0.0):
+            pass
+        with pytest.raises(RuntimeError, match="one process at a time"), hold(folder, patience_s=0.0):
+            pass
+    assert [path.name for path in disk.iterdir()] == ["latest"]
+    with hold(disk, patience_s=0.0):
+        pass
+
+
+def test_a_folder_that_is_gone_does_not_hide_the_error_that_ends_the_run(tmp_path: Path):
+    for reason in (None, KeyError("the reason")):
+        with contextlib.suppress(KeyError), hold(tmp_path / "run"):
+            shutil.rmtree(tmp_path / "run")
+            if reason:
+                raise reason
 
 
 @pytest.mark.usefixtures("torch_as_it_was")
 def test_a_second_run_on_a_folder_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_shards(tmp_path / "shards", seed=1)
     run(tiny_config(tmp_path), ALONE)
-    monkeypatch.setattr("train.run_lock.hold", lambda path: hold(path, patience_s=0.0))
+    monkeypatch.setattr("train.run_lock.hold", lambda path, **how: hold(path, patience_s=0.0, **how))
     with hold(tmp_path / "run"):
         before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
         with pytest.raises(RuntimeError, match=f"process {os.getpid()} on .* holds it"):

@@ -3,18 +3,31 @@
 The ranks are threads; tests/end_to_end/test_save_behind_steps.py has processes, test_saver_failures.py the writes that fail.
 """
 
+import dataclasses
 import logging
+import os
+import re
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from parallel.mesh import open_mesh
 from tests.train.saver_ranks import Disk, Held, on_ranks
-from tests.train.thread_mesh import draw, load_split, same
+from tests.train.thread_mesh import STATE, draw, load_split, same, split
+from tests.train.tiny_job import ALONE
 from train import checkpoint
 from train.checkpoint import latest
+from train.checkpoint_config import CheckpointConfig
+from train.host_copy import HostCopy
+from train.saver import Write, open_saver
 
 
 @pytest.fixture
@@ -131,3 +144,110 @@ def test_a_write_that_does_not_end_in_time_stops_all_ranks_with_a_sentence(tmp_p
         assert isinstance(error, RuntimeError)
         assert "step 100 must be written in 0.5 s, but on rank 0 of 2 it is still not" in str(error)
         assert "raise checkpoint.timeout_s" in str(error)
+
+
+@pytest.mark.parametrize("then", ["look", "save", "finish"])
+def test_a_write_that_ended_too_late_stops_all_ranks_too(tmp_path: Path, disk: Disk, then: str):
+    """A rank that waited for it may have given its group up, so whatever the disk did in the end, there cannot be another save."""
+    disk.delay_s = 0.5
+
+    def work(held: Held) -> None:
+        held.save(100)
+        assert held.rank.patience == 0.2
+        if then == "look":
+            held.look_until_known()
+        time.sleep(1.0)
+        held.save(200) if then == "save" else held.saver.finish()
+
+    for error in on_ranks(tmp_path, work, timeout_s=0.2)[1]:
+        assert isinstance(error, RuntimeError)
+        found = r"it is still not" if then == "look" else r"it took (0\.[5-9]|1\.0) s"
+        assert re.match(
+            rf"the checkpoint of step 100 must be written in 0.2 s, but on rank [01] of 2 {found}: check", str(error)
+        )
+
+
+def test_a_rank_that_waits_too_long_for_a_disk_ends_the_run_with_the_sentence_and_not_with_gloos(pool, tmp_path: Path):
+    for sentence in pool(2).run(save_on_a_slow_disk, tmp_path, timeout=150):
+        assert "the checkpoint of step 1 must be written in 0.5 s, but on rank" in sentence
+        assert "gloo" not in sentence.lower()
+
+
+def save_on_a_slow_disk(folder: Path) -> str:
+    """A rank of a real group; rank 1's file takes three times as long as it may. The sentence with which the steps end."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    place = {"rank": rank, "world_size": size, "local_rank": rank, "local_world_size": size}
+    settings = CheckpointConfig(timeout_s=0.5)
+    fragments = split(draw(1), size, seed=0)[rank]
+    write = checkpoint.write_tensors
+
+    def slow(path: Path, parts: Any) -> Any:
+        time.sleep(1.5 * rank)
+        return write(path, parts)
+
+    with (
+        open_mesh(ALONE.model_copy(update=place), ep_size=1, device=torch.device("cpu")) as mesh,
+        mock.patch.object(checkpoint, "write_tensors", slow),
+    ):
+        try:
+            with open_saver(folder, mesh, settings, patience_s=5.0, say=print) as saver:
+                saver.save(dataclasses.replace(STATE, step=1), fragments=fragments, tensors={})
+                for _ in range(200):
+                    saver.look()
+                    time.sleep(0.02)
+        except RuntimeError as error:
+            return str(error)
+    return "the run went on"
+
+
+def test_an_interrupt_does_not_take_a_live_write_for_an_ended_one(tmp_path: Path):
+    """Thread.join that an exception breaks off forgets the thread (Python 3.11), and then the copy would be freed under it."""
+    free, write = threading.Event(), Write(4, 60.0)
+    write.thread = threading.Thread(target=write.run, args=(lambda: free.wait(20),), daemon=True)
+    write.thread.start()
+    interrupt = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        write.wait(20)
+    assert write.is_on
+    free.set()
+    write.wait(20)
+    assert not write.is_on
+    assert write.seconds > 0.2
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (RuntimeError(), "RuntimeError"),
+        (RuntimeError("the disk is gone"), "the disk is gone"),
+        (MemoryError(), "MemoryError"),
+        (OSError(28, "full"), "OSError: [Errno 28] full"),
+    ],
+)
+def test_an_error_without_text_still_says_what_it_was(error: Exception, sentence: str):
+    write = Write(4, 60.0)
+
+    def fail() -> None:
+        raise error
+
+    write.run(fail)
+    assert write.failure == sentence
+
+
+def test_a_copy_that_a_given_up_write_still_reads_is_not_given_back(tmp_path: Path, disk: Disk, monkeypatch: Any):
+    given_back: list[int] = []
+    monkeypatch.setattr(HostCopy, "close", lambda self: given_back.append(1))
+
+    def work(held: Held) -> None:
+        held.save(100)
+        given_back.clear()  # the first copy has made room for itself
+        held.rank.agree(True)
+        raise KeyboardInterrupt
+
+    disk.free.clear()
+    on_ranks(tmp_path / "slow", work, patience_s=0.1)
+    assert given_back == []
+    disk.free.set()
+    on_ranks(tmp_path / "fast", work)
+    assert given_back == [1, 1]
