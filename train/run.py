@@ -4,7 +4,7 @@ Owns that order and nothing else: each line hands over to the module that knows.
 """
 
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -48,13 +48,16 @@ def run(config: Config, info: ProcessInfo, preemption: Preemption | None = None)
     device = set_up_torch(config, info)
     folder = RunFolder(Path(config.run.dir))
     crash = CrashFile(folder, info)
-    with open_world(config, info, layout, device=device, crash=crash) as (world, build_engine):
+    with (
+        ExitStack() as at_last,
+        open_world(config, info, layout, device=device, crash=crash) as (world, build_engine),
+    ):
         model = build_model(config, vocab_size=data.train.vocab_size)
         backends, kernel_notes = choose_kernels(config, layout, world)
         backends.apply(model)
         engine = build_engine(model)
+        at_last.enter_context(hold_together(world, folder.path))  # to the end: crash.json is written under the lock
         with (
-            hold_together(world, folder.path),
             Reporter(is_main=world.rank == 0, total_steps=config.run.steps) as reporter,
             open_saver_of(config, world, reporter) as saver,
         ):
@@ -76,6 +79,7 @@ def run(config: Config, info: ProcessInfo, preemption: Preemption | None = None)
                 world, lambda: (backends.write(folder), set_aside(folder), folder.done.unlink(missing_ok=True))
             )
             crash.begin()
+            crash.at(step=start.step, position=start.position)
             ending = train(job, start, batches)
             if ending == "done":
                 on_rank_zero(world, lambda: replace_file(folder.done, f"step {config.run.steps}\n"))
@@ -94,7 +98,6 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
     told: set[str] = set()  # damaged shards that the console has named
     done, spent, ends = start, Spent(world), False
     while done.step < last and not ends:
-        job.crash.at(step=done.step, position=done.position)
         lr = learning_rate(done.step, config.optim, num_steps=last)
         tell = partial(tell_of, world, job.folder, done, rows=rows, say=job.reporter.say)
         spent.begin(time.perf_counter())
@@ -118,6 +121,7 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
             job.reporter.start(done.step)
             continue
         done = done.forward(rows=rows, watch=after(config.watch, done.watch, result.figures, result.finding))
+        job.crash.at(step=done.step, position=done.position)
         job.reporter.step(done.step)
         job.saver.look()
         ends = result.ends
