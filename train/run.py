@@ -24,7 +24,7 @@ from train.optimizer import learning_rate
 from train.preemption import Preemption
 from train.progress import Progress
 from train.resume import restore, roll_back, save
-from train.run_folder import RunFolder, find_changes, replace_file, write_folder
+from train.run_folder import RunFolder, find_changes, keep_aside, replace_file, write_folder
 from train.run_lock import hold_together
 from train.saver import Saver, open_saver
 from train.step import train_step
@@ -75,15 +75,21 @@ def run(config: Config, info: ProcessInfo, preemption: Preemption | None = None)
             batches = job.train_batches(start.position)
             world.barrier()  # every rank has read the run folder, and nothing was refused, before rank 0 writes into it
             on_rank_zero(world, lambda: write_folder(config, shards=data.train.folder))
-            on_rank_zero(
-                world, lambda: (backends.write(folder), set_aside(folder), folder.done.unlink(missing_ok=True))
-            )
+            on_rank_zero(world, lambda: (backends.write(folder), clear(folder, begins_anew=start.step == 0)))
             crash.begin()
             crash.at(step=start.step, position=start.position)
             ending = train(job, start, batches)
             if ending == "done":
                 on_rank_zero(world, lambda: replace_file(folder.done, f"step {config.run.steps}\n"))
             return ending
+
+
+def clear(folder: RunFolder, *, begins_anew: bool) -> None:
+    """Moves aside what earlier starts have told and is not true of this one. Rank 0."""
+    set_aside(folder)
+    folder.done.unlink(missing_ok=True)
+    if begins_anew:
+        keep_aside(folder.events)  # what went back in them was another course
 
 
 def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
@@ -115,7 +121,10 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
         )
         spent.end(time.perf_counter())
         if result.goes_back:
-            done, spent = roll_back(job, done), Spent(world)  # `batches` stands behind the bad step's rows already
+            done, spent = (
+                roll_back(job, done, result),
+                Spent(world),
+            )  # `batches` stands behind the bad step's rows already
             writer.close()
             writer = MetricsWriter(job.folder, world, restored_step=done.step)
             job.reporter.start(done.step)
@@ -141,7 +150,7 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
             job.reporter.record(record)
             spent = Spent(world)
         if saves:
-            save(job, done)
+            done = save(job, done)
     job.saver.finish()
     writer.close()
     if done.step < last:
