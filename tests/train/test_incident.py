@@ -55,10 +55,10 @@ def test_the_first_32_documents_of_all_ranks_are_named_and_whether_there_are_mor
 def test_a_line_that_a_kill_cut_short_does_not_swallow_the_next(tmp_path: Path):
     folder = RunFolder(tmp_path)
     for cut in (0, 10):
-        write_event(folder, WORLD, event_of(WORLD, [1]), say=str)
+        write_event(folder, WORLD, event_of(WORLD, [1]), say=print)
         folder.events.write_bytes(folder.events.read_bytes()[: -cut or None])
     for _ in range(2):
-        write_event(folder, WORLD, event_of(WORLD, [1]) | {"action": "rollback", "back_to": 4}, say=str)
+        write_event(folder, WORLD, event_of(WORLD, [1]) | {"action": "rollback", "back_to": 4}, say=print)
     lines = folder.events.read_text().splitlines()
     assert len(lines) == 4
     assert [json.loads(lines[number])["action"] for number in (0, 2, 3)] == ["skip", "rollback", "rollback"]
