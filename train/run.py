@@ -121,10 +121,8 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
         )
         spent.end(time.perf_counter())
         if result.goes_back:
-            done, spent = (
-                roll_back(job, done, result),
-                Spent(world),
-            )  # `batches` stands behind the bad step's rows already
+            done = roll_back(job, done, result)  # `batches` stands behind the bad step's rows already
+            spent = Spent(world)
             writer.close()
             writer = MetricsWriter(job.folder, world, restored_step=done.step)
             job.reporter.start(done.step)

@@ -65,8 +65,8 @@ def test_damage_in_the_checkpoint_itself_is_left_behind_by_going_to_the_one_befo
 
 def test_two_bad_steps_with_a_checkpoint_between_them_go_back_to_the_newest(folder: Path):
     config = config_of(folder, "bad", steps=8, watch=BACK)
-    assert run_with(config, Change(poison={4 * 3: NAN, 4 * 7: NAN})) == ""
-    assert [(event["step"], event["back_to"]) for event in events(folder, "bad")] == [(4, 2), (6, 4)]
+    assert run_with(config, Change(poison={4 * 5: NAN, 4 * 8: NAN})) == ""
+    assert [(event["step"], event["back_to"]) for event in events(folder, "bad")] == [(6, 4), (7, 6)]
 
 
 def test_a_crash_after_going_back_tells_where_the_run_then_is(folder: Path, monkeypatch: pytest.MonkeyPatch):
