@@ -118,8 +118,10 @@ def save(
     return checkpoint_folder.final_path(folder, state.step)
 
 
-def latest(folder: Path, *, mesh: Mesh | None = None) -> Path | None:
+def latest(folder: Path, *, mesh: Mesh | None = None, up_to: int | None = None) -> Path | None:
     """The newest whole checkpoint: the one that `latest` names if it is good, else (with a warning) the one before; None if there is none.
+
+    up_to: only those of this step and of earlier ones.
 
     Reads every byte to compare checksums: with a mesh (all ranks call it) the ranks share the work and agree on the answer.
 
@@ -131,6 +133,7 @@ def latest(folder: Path, *, mesh: Mesh | None = None) -> Path | None:
     names, problem, is_gone = [], "", False
     for _ in range(checkpoint_folder.LOOKS):
         names = mesh.all_gather_object(on_rank_zero(mesh, lambda: checkpoint_folder.candidates(folder)))[0]
+        names = [name for name in names if up_to is None or checkpoint_folder.step_of(name) <= up_to]
         is_gone = False
         for name in names:
             found = mesh.all_gather_object(_problem(folder / name, share=mesh.rank, shares=mesh.world_size))

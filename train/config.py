@@ -145,6 +145,7 @@ class Config(Section):
             raise ValueError(
                 "model.match is solved while a config file is loaded, but it is still there in one that was not loaded: give the sizes"
             )
+        self.watch.check_length(steps=self.run.steps, checkpoint_every=self.checkpoint.every_steps)
         self._lengths_and_memory_fit()
         # With one process only the division into micro-steps is checked; check_world asks again with their number.
         check_layout(self.data, accumulation_steps=self.optim.accumulation_steps, num_ranks=1)

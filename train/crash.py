@@ -2,9 +2,10 @@
 
 `python -m train.crash RUN_DIR` prints it, the traceback first.
 
-Owns that file: what is in it, which rank writes it, and that a new start moves it aside. What is wrong with a config or the shards
-(ValueError before the first step) leaves none: nothing had begun. Nor can a process that is killed: the ranks that then miss it write.
-Entered by train/build.py inside the mesh, where the watchdog has already told broken connections from their reasons.
+Owns that file: what is in it, which rank writes it, and that a new start moves it aside. What is found before the first step (a wrong
+config, no checkpoint that is whole) leaves none: nothing had begun. Nor does Ctrl-C, nor a process that is killed: the ranks that then
+miss it write. Entered by train/build.py inside the mesh, where the watchdog has already told broken connections from their reasons, and
+inside the run lock of train/run.py: no other start can have the folder before rank 0 has written.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import re
 import shlex
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -26,8 +28,14 @@ from typing import Any
 from parallel.config import ProcessInfo
 from train import checkpoint_folder
 from train.run_folder import RunFolder
+from train.run_lock import LOCK_FILE
 
 logger = logging.getLogger(__name__)
+
+# How long the ranks that were told of an error leave the file to the rank that failed. That one may itself wait 5 s until all have
+# heard it (LEAVE_S of parallel/watchdog.py).
+PATIENCE_S = 8.0
+POLL_S = 0.1
 
 
 class CrashFile:
@@ -36,11 +44,13 @@ class CrashFile:
     def __init__(self, folder: RunFolder, info: ProcessInfo) -> None:
         self._folder, self._info = folder, info
         self._began = False
+        self._holder: str | None = None
         self.step, self.position = 0, 0
 
     def begin(self) -> None:
-        """The run folder is this run's, and `set_aside` was called."""
+        """The run folder is this run's, and `set_aside` was called. Remembers who holds its lock: rank 0 of this start."""
         self._began = True
+        self._holder = self._lock()
 
     def at(self, *, step: int, position: int) -> None:
         """Steps done and the data position."""
@@ -52,8 +62,11 @@ class CrashFile:
         try:
             yield
         except Exception as error:
-            if not self._is_of_another_rank(str(error)):
-                self._write(_sentence(error), "".join(traceback.format_exception(error)))
+            sentence = _sentence(error)
+            if not self._is_of_another_rank(sentence):
+                self._write(sentence, "".join(traceback.format_exception(error)))
+            elif not self._comes():
+                self._write(sentence, None)
             raise
 
     def hang(self, sentence: str) -> None:
@@ -65,18 +78,40 @@ class CrashFile:
         named = re.search(r"\(rank (\d+) of \d+\)$", sentence)
         return named is not None and int(named.group(1)) != self._info.rank
 
+    def _comes(self) -> bool:
+        """Waits for another rank's file. False: that rank cannot write either (its mount is gone), so this one tells what it heard."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self._began and not (comes := _is_whole(self._folder.crash)) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return not self._began or comes
+
     def _write(self, reason: str, trace: str | None) -> None:
+        """Aside, forced to disk, then linked: the file is whole or not there, and a second rank cannot replace the first one's."""
         if not self._began:
             return
+        path = self._folder.crash
+        aside = path.with_name(f"{path.name}.{self._info.rank}.partial")
         try:
-            with self._folder.crash.open("x", encoding="utf-8") as file:  # "x": the first rank wins
-                file.write(json.dumps(self._content(reason, trace), indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except FileExistsError:
-            pass
+            try:
+                with aside.open("w", encoding="utf-8") as file:
+                    file.write(json.dumps(self._content(reason, trace), indent=2) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                if self._lock() != self._holder:
+                    logger.warning("%s is not written: another start has the folder by now", path)
+                elif not _is_whole(path):
+                    path.unlink(missing_ok=True)  # what a power cut has left of one
+                    _link(aside, path)
+            finally:
+                aside.unlink(missing_ok=True)
         except OSError as error:  # what ends the run must not be hidden by this
-            logger.warning("%s cannot be written (%s)", self._folder.crash, error.strerror or error)
+            logger.warning("%s cannot be written (%s)", path, error.strerror or error)
+
+    def _lock(self) -> str | None:
+        """What the run's lock says of its holder, also after that has ended; None without one."""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            return (self._folder.path / LOCK_FILE).read_text(encoding="utf-8")
+        return None
 
     def _content(self, reason: str, trace: str | None) -> dict[str, Any]:
         info = self._info
@@ -104,12 +139,31 @@ class CrashFile:
 
 def set_aside(folder: RunFolder) -> Path | None:
     """Moves the crash.json of an earlier start to crash-001.json and so on; gives its new path, None if there was none. Rank 0."""
+    for torn in folder.path.glob(f"{folder.crash.name}.*.partial"):
+        torn.unlink()  # of a rank that was killed while it wrote
     if not folder.crash.exists():
         return None
     numbered = (folder.path / f"crash-{number:03d}.json" for number in itertools.count(1))
     aside = next(path for path in numbered if not path.exists())
     folder.crash.rename(aside)
     return aside
+
+
+def _link(aside: Path, path: Path) -> None:
+    """Gives the written file its name, unless another rank was first."""
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            aside.rename(path)
+
+
+def _is_whole(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    return False
 
 
 def _next_checkpoint(folder: Path) -> str | None:
@@ -137,6 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         print(f"error: {path} cannot be read ({error.strerror})", file=sys.stderr)
+        return 1
+    except ValueError:
+        print(f"error: {path} must be a whole JSON file, but is torn: see what the ranks have printed", file=sys.stderr)
         return 1
     for line in told["traceback"] or []:
         print(line)

@@ -1,7 +1,7 @@
 """What a run has at hand from its first step to its last, and its batches. Made by train/run.py, handed to the parts of the loop."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.loader import Batch, TrainBatches, heldout_batches, train_batches
@@ -30,7 +30,7 @@ class Job:
     reporter: Reporter
     saver: Saver
     crash: CrashFile
-    preemption: Preemption
+    preemption: Preemption = field(default_factory=Preemption)
 
     @property
     def folder(self) -> RunFolder:

@@ -3,9 +3,7 @@
 Owns the names of the metrics. A record is one JSON object for each logged step.
 """
 
-import itertools
 import json
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,17 +19,18 @@ from data.split import TrainSplit
 from model.router import RouterReport, load_spread
 from train.engine import World
 from train.evaluate import Evaluation, bits_per_byte
-from train.run_folder import RunFolder, explained, replace_file
+from train.run_folder import RunFolder, explained, keep_aside, replace_file
 from train.step import StepResult
 from train.together import on_rank_zero
-
-logger = logging.getLogger(__name__)
 
 
 def step_record(
     result: StepResult, *, step: int, position: int, lr: float, tokens: int, tokens_per_second: float
 ) -> dict[str, Any]:
-    """The metrics of a step. step: updates done. tokens: rows * length consumed since the run began. loss: nats per target."""
+    """The metrics of a step. step: steps done, those without an update too. loss: nats per target.
+
+    tokens: rows * length consumed since the run began.
+    """
     return {
         "step": step,
         "loss": result.loss,
@@ -82,7 +81,7 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, float]:
 class MetricsWriter:
     """metrics.jsonl and TensorBoard. Every rank calls it, rank 0 writes; if that fails, every rank raises its RuntimeError.
 
-    `restored_step`: updates that the run goes on from. Records of later steps are dropped, because those steps are done again; with
+    `restored_step`: steps done that the run goes on from. Records of later steps are dropped, because those steps are done again; with
     no checkpoint to go on from (0) the records of an earlier attempt are kept, in a file beside the new one.
     """
 
@@ -99,7 +98,7 @@ class MetricsWriter:
     def _open(self, restored_step: int) -> None:
         with explained(self._folder.metrics):
             if restored_step == 0:
-                _keep_aside(self._folder.metrics)
+                keep_aside(self._folder.metrics)
             else:
                 _drop_later(self._folder.metrics, restored_step)
             self._file = self._folder.metrics.open("a")
@@ -128,15 +127,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _keep_aside(path: Path) -> None:
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
-    aside = next(name for name in numbered if not name.exists())
-    path.rename(aside)
-    logger.warning("%s has the metrics of an attempt that left no checkpoint: this run begins anew", aside)
 
 
 def _drop_later(path: Path, last_step: int) -> None:

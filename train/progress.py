@@ -4,7 +4,7 @@ The position is not step times rows: a rollback takes the step back and leaves t
 counted on, never derived from each other. Owned by the loop of train/run.py; a checkpoint holds all three.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from train.watch import WatchState, rolled_back
@@ -12,11 +12,15 @@ from train.watch import WatchState, rolled_back
 
 @dataclass(frozen=True)
 class Progress:
-    """step: steps done; position: rows consumed or stepped over. Both 0 at the start of a new run."""
+    """step: steps done; position: rows consumed or stepped over. Both 0 at the start of a new run.
+
+    came_back_to: the step of the checkpoint that the run went back to, as long as it has saved none since.
+    """
 
     step: int
     position: int
     watch: WatchState = field(default_factory=WatchState)
+    came_back_to: int | None = None
 
     @property
     def updates(self) -> int:
@@ -25,11 +29,15 @@ class Progress:
 
     def forward(self, *, rows: int, watch: WatchState) -> "Progress":
         """A step of `rows` rows further, whether its update was made or skipped."""
-        return Progress(self.step + 1, self.position + rows, watch)
+        return replace(self, step=self.step + 1, position=self.position + rows, watch=watch)
+
+    def saved(self) -> "Progress":
+        """With a checkpoint of this step."""
+        return replace(self, came_back_to=None)
 
     def back(self, saved: "Progress", *, rows: int) -> "Progress":
         """At the checkpoint `saved`, all rows up to the last of the bad step after this one stepped over."""
-        return Progress(saved.step, self.position + rows, rolled_back(self.watch, saved.watch))
+        return Progress(saved.step, self.position + rows, rolled_back(self.watch, saved.watch), saved.step)
 
 
 def no_way_back(step: int, folder: Path) -> str:

@@ -4,6 +4,7 @@ Owns which state that is, and what may not have changed since. Does not own the 
 (train/saver.py), nor when one is due (train/run.py, the caller, on every rank).
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ from data.index import check_tokenizer
 from model.parameters import states_of
 from train import checkpoint
 from train.begin import begin_from
+from train.checkpoint_folder import step_of
 from train.config import check_resume
+from train.incident import bad_step, count_rollbacks, write_event
 from train.job import Job
 from train.placing import restore_placement, saved_placement
 from train.progress import Progress, no_way_back
-from train.together import on_every_rank
+from train.step import StepResult
+from train.together import on_every_rank, on_rank_zero
 from train.watch import WatchState
 
 
-def save(job: Job, at: Progress) -> None:
+def save(job: Job, at: Progress) -> Progress:
     """Saves the run as it is now; RuntimeError on every rank, see `Saver.save`. The earlier checkpoints are then untouched."""
     state = checkpoint.TrainState(
         step=at.step,
@@ -39,6 +43,7 @@ def save(job: Job, at: Progress) -> None:
     if job.world.rank == 0:  # the states are the same on all
         tensors |= states_of(job.engine.model)
     job.saver.save(state, fragments=job.engine.owned_fragments(), tensors=tensors)
+    return at.saved()
 
 
 def restore(job: Job) -> Progress:
@@ -53,30 +58,56 @@ def restore(job: Job) -> Progress:
         for sentence in begin_from(job.config, job.engine, job.world, job.data.train):
             job.reporter.say(sentence)
         return Progress(step=0, position=0)
-    return _restore_from(job, newest)
+    found = _restore_from(job, newest)
+    # a start that was killed, or stopped at the limit, has not saved how often it went back
+    told = job.world.all_gather_object(on_rank_zero(job.world, lambda: count_rollbacks(job.folder)))[0]
+    return replace(found, watch=replace(found.watch, rollbacks=max(told, found.watch.rollbacks)))
 
 
-def roll_back(job: Job, done: Progress) -> Progress:
-    """Everything but the position as the newest whole checkpoint has it; the rows of the step after `done` are stepped over.
+def roll_back(job: Job, done: Progress, result: StepResult) -> Progress:
+    """Everything but the position as a checkpoint has it; the rows of the step after `done`, the bad one, are stepped over. Tells of it.
+
+    The checkpoint is the newest whole one. If the run has come back to it and met a bad step again before the next, what is broken may be
+    in it: then it is the one before, if there is one.
 
     Raises:
-        RuntimeError: there is no whole checkpoint; or the save that was on failed, and the config says stop.
+        RuntimeError: there is no whole checkpoint; or the save that was on failed, and the config says stop. It is told of as a stop.
     """
-    job.saver.settle()
-    newest = checkpoint.latest(job.folder.checkpoints, mesh=job.world)
-    if newest is None:
-        raise RuntimeError(no_way_back(done.step + 1, job.folder.checkpoints))
-    saved = _restore_from(job, newest)
-    back = done.back(saved, rows=job.config.data.global_batch_size)
+    rows = job.config.data.global_batch_size
+    event = bad_step(result, job.world, step=done.step + 1, position=done.position, rows=rows)
+    try:
+        target = _way_back(job, done)
+    except RuntimeError as error:
+        stop = event | {"action": "stop", "reason": f"{event['reason']}; {error}"}
+        write_event(job.folder, job.world, stop, say=job.reporter.say)
+        raise
+    step = step_of(target.name)
+    passed_over = None if done.came_back_to in (None, step) else done.came_back_to
+    way = {"back_to": step, "passed_over": passed_over}
+    write_event(job.folder, job.world, event | way, say=job.reporter.say)
+    saved = _restore_from(job, target)
+    back = done.back(saved, rows=rows)
+    job.crash.at(step=back.step, position=back.position)
     job.reporter.say(f"back to step {back.step}; rows {saved.position} to {back.position - 1} are stepped over")
     return back
+
+
+def _way_back(job: Job, done: Progress) -> Path:
+    job.saver.settle()
+    limit = done.step if done.came_back_to is None else done.came_back_to - 1
+    for up_to in dict.fromkeys((limit, done.step)):
+        found = checkpoint.latest(job.folder.checkpoints, mesh=job.world, up_to=up_to)
+        if found is not None:
+            return found
+    raise RuntimeError(no_way_back(done.step + 1, job.folder.checkpoints))
 
 
 def _restore_from(job: Job, newest: Path) -> Progress:
     restore_placement(job, on_every_rank(job.world, lambda: _check_same_run(job, newest)))
     # `latest` has just compared the checksums
     saved = checkpoint.load(newest, fragments=job.engine.fragments(), mesh=job.world, verify=False)
-    found = Progress(saved.step, saved.position, WatchState.of(saved.extra.get("watch")))
+    watch = on_every_rank(job.world, lambda: WatchState.of(saved.extra.get("watch"), where=newest))
+    found = Progress(saved.step, saved.position, watch)
     job.engine.restored(step=found.updates)
     on_every_rank(job.world, lambda: _restore_states(job, newest))
     job.reporter.say(f"resumed from {newest}: step {saved.step}, data position {saved.position}")

@@ -4,7 +4,7 @@ Owns that order and nothing else: each line hands over to the module that knows.
 """
 
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ from train.placing import Placer
 from train.preemption import Preemption
 from train.progress import Progress
 from train.resume import restore, roll_back, save
-from train.run_folder import RunFolder, find_changes, replace_file, write_folder
+from train.run_folder import RunFolder, find_changes, keep_aside, replace_file, write_folder
 from train.run_lock import hold_together
 from train.saver import Saver, open_saver
 from train.step import train_step
@@ -49,13 +49,16 @@ def run(config: Config, info: ProcessInfo, preemption: Preemption | None = None)
     device = set_up_torch(config, info)
     folder = RunFolder(Path(config.run.dir))
     crash = CrashFile(folder, info)
-    with open_world(config, info, layout, device=device, crash=crash) as (world, build_engine):
+    with (
+        ExitStack() as at_last,
+        open_world(config, info, layout, device=device, crash=crash) as (world, build_engine),
+    ):
         model = build_model(config, vocab_size=data.train.vocab_size)
         backends, kernel_notes = choose_kernels(config, layout, world)
         backends.apply(model)
         engine = build_engine(model)
+        at_last.enter_context(hold_together(world, folder.path))  # to the end: crash.json is written under the lock
         with (
-            hold_together(world, folder.path),
             Reporter(is_main=world.rank == 0, total_steps=config.run.steps) as reporter,
             open_saver_of(config, world, reporter) as saver,
         ):
@@ -73,14 +76,21 @@ def run(config: Config, info: ProcessInfo, preemption: Preemption | None = None)
             batches = job.train_batches(start.position)
             world.barrier()  # every rank has read the run folder, and nothing was refused, before rank 0 writes into it
             on_rank_zero(world, lambda: write_folder(config, shards=data.train.folder))
-            on_rank_zero(
-                world, lambda: (backends.write(folder), set_aside(folder), folder.done.unlink(missing_ok=True))
-            )
+            on_rank_zero(world, lambda: (backends.write(folder), clear(folder, begins_anew=start.step == 0)))
             crash.begin()
+            crash.at(step=start.step, position=start.position)
             ending = train(job, start, batches)
             if ending == "done":
                 on_rank_zero(world, lambda: replace_file(folder.done, f"step {config.run.steps}\n"))
             return ending
+
+
+def clear(folder: RunFolder, *, begins_anew: bool) -> None:
+    """Moves aside what earlier starts have told and is not true of this one. Rank 0."""
+    set_aside(folder)
+    folder.done.unlink(missing_ok=True)
+    if begins_anew:
+        keep_aside(folder.events)  # what went back in them was another course
 
 
 def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
@@ -96,7 +106,6 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
     told: set[str] = set()  # damaged shards that the console has named
     done, spent, ends = start, Spent(world), False
     while done.step < last and not ends:
-        job.crash.at(step=done.step, position=done.position)
         lr = learning_rate(done.step, config.optim, num_steps=last)
         tell = partial(tell_of, world, job.folder, done, rows=rows, say=job.reporter.say)
         spent.begin(time.perf_counter())
@@ -114,12 +123,14 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
         )
         spent.end(time.perf_counter())
         if result.goes_back:
-            done, spent = roll_back(job, done), Spent(world)  # `batches` stands behind the bad step's rows already
+            done = roll_back(job, done, result)  # `batches` stands behind the bad step's rows already
+            spent = Spent(world)
             writer.close()
             writer = MetricsWriter(job.folder, world, restored_step=done.step)
             job.reporter.start(done.step)
             continue
         done = done.forward(rows=rows, watch=after(config.watch, done.watch, result.figures, result.finding))
+        job.crash.at(step=done.step, position=done.position)
         job.reporter.step(done.step)
         job.saver.look()
         ends = result.ends
@@ -140,7 +151,7 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
             job.reporter.record(record)
             spent = Spent(world)
         if saves:
-            save(job, done)
+            done = save(job, done)
     job.saver.finish()
     writer.close()
     if done.step < last:

@@ -6,7 +6,9 @@ metrics.jsonl and tensorboard/, checkpoint.py owns checkpoints/, backends.py ker
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -21,6 +23,8 @@ import yaml
 from data.tokenizer import TOKENIZER_FILE
 from train.checkpoint_folder import candidates
 from train.config import Config, check_resume, to_yaml
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "webdataset", "tokenizers", "safetensors", "pydantic")
@@ -140,6 +144,17 @@ def replace_file(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+
+
+def keep_aside(path: Path) -> None:
+    """Moves what an attempt without a checkpoint has left to `path`.1 and so on: the run begins anew. RuntimeError if it cannot."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    aside = next(name for name in numbered if not name.exists())
+    with explained(path):
+        path.rename(aside)
+    logger.warning("%s is of an attempt that left no checkpoint: this run begins anew", aside)
 
 
 @contextlib.contextmanager

@@ -57,6 +57,7 @@ def hold(folder: Path, *, patience_s: float = PATIENCE_S, leave_file: bool = Tru
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}) + "\n")
         file.flush()
+        os.fsync(file.fileno())  # ranks on other nodes read it (train/crash.py)
     # a worker that was forked from this process shares the lock, and would keep it if this process were killed
     os.register_at_fork(after_in_child=file.close)
     try:

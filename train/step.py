@@ -5,6 +5,7 @@ step's loss is the mean over its micro-steps. Engines average gradients over ran
 multiplied by their number; the auxiliary loss is already the same value on every rank.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -121,7 +122,7 @@ def train_step(
 
     memory: of this rank's streams, where a mixer has memory; it moves on with the rows. past: what is known of the steps before.
     is_asked_to_end: of this rank, looked at once the gradients are there. tell: called for a bad step, on every rank, before anything is
-    raised. A step that is skipped leaves weights, moments, states and memory
+    raised; not for one that goes back, of which train/resume.py tells. A step that is skipped leaves weights, moments, states and memory
     as they were; after one that asks for a rollback only weights and moments are.
 
     Raises:
@@ -157,7 +158,8 @@ def train_step(
         before.put_back()
     world.end_step()
     if finding is not None:
-        tell(result)
+        if not result.goes_back:
+            tell(result)
         if finding.action == "stop":
             raise RuntimeError(finding.sentence)
     return result
@@ -230,7 +232,7 @@ def _reduce(totals: _Totals, world: World, *, grad_norm: float, ends: bool, accu
 
     The norm is rank 0's, and not finite if any rank's is not: whatever is decided by these figures is decided alike on every rank.
     """
-    norm = grad_norm if world.rank == 0 else 0.0 * grad_norm
+    norm = grad_norm if world.rank == 0 or not math.isfinite(grad_norm) else 0.0
     counts = torch.tensor([totals.num_targets, totals.num_bytes, norm, ends], dtype=torch.float64)  # exact below 2**53
     losses = torch.stack([totals.loss, totals.auxiliary_loss, totals.nats])
     sums = world.sum(torch.cat([losses, counts.to(losses.device)])).tolist()

@@ -6,7 +6,7 @@ rank, between a step's last backward and its update; train/run.py keeps the stat
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from statistics import median
 from typing import Any, Literal
 
@@ -48,7 +48,8 @@ class WatchState:
     """What the decisions depend on besides the step's figures; a checkpoint holds it.
 
     skipped_steps: of the steps done, those without an update, so that a run has made step - skipped_steps updates. skips_in_a_row: of
-    the last ones. rollbacks: of the run. losses, norms: of the last steps with an update, the newest last.
+    the last ones. rollbacks: of the run over all its starts (a checkpoint has those before it, events.jsonl all). losses, norms: of the
+    last steps with an update, the newest last.
     """
 
     skipped_steps: int = 0
@@ -58,8 +59,19 @@ class WatchState:
     norms: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, saved: Mapping[str, Any] | None) -> "WatchState":
-        """Of what a checkpoint holds; None is a checkpoint from before there was a state."""
+    def of(cls, saved: Mapping[str, Any] | None, *, where: object = "a checkpoint") -> "WatchState":
+        """Of what a checkpoint holds; None is a checkpoint from before there was a state.
+
+        Raises:
+            RuntimeError: it holds more than this version knows.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(saved or {}) - set(known))
+        if unknown:
+            raise RuntimeError(
+                f"the watch state in {where} must hold {', '.join(known)}, but it also holds {', '.join(unknown)}: go on with the version "
+                "that wrote it (environment.json in the run folder names it)"
+            )
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in (saved or {}).items()}
         return cls(**values)
 
@@ -126,11 +138,13 @@ def _within_limits(config: WatchConfig, state: WatchState, finding: Finding) -> 
     if finding.action == "stop":
         return replace(finding, sentence=f"{finding.sentence}: {REMEDY}, or set watch.on_nonfinite to skip or rollback")
     if finding.action == "skip" and state.skips_in_a_row >= config.max_skips_in_a_row:
-        spent = f"{state.skips_in_a_row} steps in a row were skipped (watch.max_skips_in_a_row)"
+        spent = (
+            f"{state.skips_in_a_row} of at most {config.max_skips_in_a_row} skips in a row (watch.max_skips_in_a_row)"
+        )
     elif finding.action == "skip" and state.skipped_steps >= config.max_skips:
-        spent = f"{state.skipped_steps} steps were skipped (watch.max_skips)"
+        spent = f"{state.skipped_steps} of at most {config.max_skips} skips (watch.max_skips)"
     elif finding.action == "rollback" and state.rollbacks >= config.max_rollbacks:
-        spent = f"the run has gone back {state.rollbacks} times (watch.max_rollbacks)"
+        spent = f"{state.rollbacks} of at most {config.max_rollbacks} rollbacks (watch.max_rollbacks)"
     if spent is None:
         return finding
     return replace(

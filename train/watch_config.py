@@ -62,4 +62,23 @@ class WatchConfig(Section):
                     f"{name} needs {need}, but {name} is {value}, on_nonfinite is {self.on_nonfinite}, spike_factor is "
                     f"{self.spike_factor} and on_spike is {self.on_spike}: set what is missing, or remove {name}"
                 )
+        default = type(self).model_fields["max_skips_in_a_row"].default
+        if self.may_skip and self.max_skips_in_a_row > self.max_skips and self.max_skips_in_a_row != default:
+            raise ValueError(
+                f"max_skips_in_a_row must be at most max_skips, but max_skips_in_a_row is {self.max_skips_in_a_row} and max_skips is "
+                f"{self.max_skips}: lower max_skips_in_a_row or raise max_skips"
+            )
         return self
+
+    def check_length(self, *, steps: int, checkpoint_every: int) -> None:
+        """ValueError where a run of `steps` steps, with a checkpoint every so many, is too short for what is asked here."""
+        if self.spike_factor is not None and self.window >= steps:
+            raise ValueError(
+                f"spikes are looked for after watch.window good steps, but watch.window is {self.window} and run.steps is {steps}: lower "
+                "watch.window, or set watch.spike_factor to null"
+            )
+        if self.may_roll_back and checkpoint_every >= steps:
+            raise ValueError(
+                f"a rollback needs a checkpoint before the last step, but checkpoint.every_steps is {checkpoint_every} and run.steps is "
+                f"{steps}: lower checkpoint.every_steps, or set watch.on_nonfinite and watch.on_spike to skip"
+            )

@@ -5,7 +5,6 @@ Each job is two real processes of the launcher (faulty_main.py), of which one ha
 
 import json
 import re
-import socket
 import sys
 import time
 from pathlib import Path
@@ -128,5 +127,5 @@ def test_slow_steps_are_left_alone_and_their_exchange_is_told(config: ConfigFile
         assert slept > 3.0, "rank 0 waited for each of the two micro-steps of 1.7 s"
         assert record["straggler"]["rank"] == 1
         assert record["straggler"]["seconds"] > 3.0 > record["straggler"]["others"]
-    assert f"rank 1 on {socket.gethostname()} is slow" in processes.log(0)
+    assert "is slow" not in processes.log(0), "four windows are too few to say so"
     assert not (config.folder / "crash.json").exists()

@@ -33,6 +33,14 @@ def test_seconds_are_those_inside_by_verb():
     assert 0.05 <= seconds["dispatch"] < 0.09
 
 
+def test_a_wait_inside_another_is_waited_once_and_seconds_of_both_verbs():
+    ledger = Ledger()
+    with ledger.waiting(Where("optimizer", "", "step")), ledger.waiting(MLP):
+        time.sleep(0.05)
+    assert 0.05 <= ledger.waited < 0.1
+    assert min(ledger.take().seconds.values()) >= 0.05
+
+
 def test_the_rank_is_inside_until_the_end_and_an_error_leaves_its_place():
     ledger = Ledger()
     assert (ledger.current, ledger.progress) == (None, 0)

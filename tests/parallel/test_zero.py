@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from model.fragments import Fragment, Held
+from model.parameters import ExpertBank
 from parallel.zero import ZeroEngine, _deepspeed_config
 from tests.parallel.pieces import Piece, assemble
 from tests.parallel.two_steps import Case, open_engine, optim_config, rows
@@ -103,6 +104,49 @@ def test_each_update_is_made_with_the_rate_it_is_given(pool, stage):
     for name in first:
         np.testing.assert_array_equal(first[name], still[name], err_msg=name)
         assert not np.array_equal(first[name], after[name]), name
+
+
+def asked_of_deepspeed(case: Case, update: bool) -> tuple[int, int, bool]:
+    """How often its norm is taken and its loss scale looked after in a step; whether the weights moved."""
+    with open_engine(case) as engine:
+        wrapper, calls = type(engine._deepspeed.optimizer), []
+        spies = {}
+        for name in ("scaled_global_norm", "_update_scale"):
+            real = getattr(wrapper, name)
+            spies[name] = lambda *args, real=real, name=name, **kwargs: (calls.append(name), real(*args, **kwargs))[1]
+        before = pieces_of(engine.owned_fragments())
+        step = engine.step
+        with mock.patch.multiple(wrapper, **spies), mock.patch.object(engine, "step") as asked:
+            asked.side_effect = lambda lr, *, accept: step(lr, accept=lambda norm: accept(norm) and update)
+            train_one(engine, case, step=0)
+        after = pieces_of(engine.owned_fragments())
+        moved = any(not np.array_equal(old.values, new.values) for old, new in zip(before, after, strict=True))
+        return calls.count("scaled_global_norm"), calls.count("_update_scale"), moved
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_a_step_asks_deepspeed_for_the_norm_once_and_never_for_a_loss_scale(pool, update):
+    """The second norm would be a collective more in each step, the scale a line about an overflow for each skipped one."""
+    for found in pool(2).run(asked_of_deepspeed, Case(stage=1), update):
+        assert found == (1, 0, update)
+
+
+def step_with_an_overflow(case: Case) -> str:
+    """The sentence of a step in which the gradient of the experts of the last rank overflows; the loss does not."""
+    with open_engine(case) as engine:
+        if engine.mesh.rank == engine.mesh.world_size - 1:
+            bank = next(module for module in engine.model.modules() if isinstance(module, ExpertBank))
+            next(bank.parameters(recurse=False)).register_hook(lambda gradient: gradient * 1e38 * 1e38)
+        with pytest.raises(RuntimeError) as told:
+            train_one(engine, case, step=0)
+        return str(told.value)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_an_overflow_in_the_experts_of_one_rank_stops_every_rank_with_one_sentence(pool, stage):
+    first, second = pool(2).run(step_with_an_overflow, Case(ep_size=2, stage=stage))
+    assert first == second
+    assert "must be finite, but at step 1" in first
 
 
 def opened_with_a_map_that_is_one_too_far() -> str:

@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ import pytest
 from tests.train.poison import NAN, Change, run_with
 from tests.train.test_watch_run import run_on
 from tests.train.tiny_job import ALONE, tiny_config, write_shards
-from train import run
+from train import checkpoint, crash, measure, run
 from train.crash import CrashFile, main, set_aside
 from train.run_folder import RunFolder
-from train.run_lock import hold
+from train.run_lock import LOCK_FILE, hold
 
 pytestmark = pytest.mark.usefixtures("torch_as_it_was")
 DUE = {"checkpoint": {"every_steps": 2}}
@@ -83,10 +85,12 @@ def fail(crash: CrashFile, error: Exception) -> None:
         raise error
 
 
-def test_the_first_rank_to_fail_writes_and_the_later_ones_add_nothing(tmp_path: Path):
-    fail(crash_file(tmp_path, rank=2), RuntimeError("shard 7 is damaged (rank 1 of 3)"))
-    assert not (tmp_path / "crash.json").exists(), "rank 1 has the traceback"
-    fail(crash_file(tmp_path, rank=1), RuntimeError("shard 7 is damaged (rank 1 of 3)"))
+TOLD = "shard 7 is damaged (rank 1 of 3)"
+
+
+def test_the_first_rank_to_fail_writes_and_the_later_ones_add_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(crash, "PATIENCE_S", 0.3)
+    fail(crash_file(tmp_path, rank=1), RuntimeError(TOLD))
     first = (tmp_path / "crash.json").read_text()
     fail(crash_file(tmp_path, rank=0), ZeroDivisionError("a bug"))
     crash_file(tmp_path, rank=0).hang("rank 0 has waited")
@@ -97,6 +101,116 @@ def test_the_first_rank_to_fail_writes_and_the_later_ones_add_nothing(tmp_path: 
     found = json.loads((tmp_path / "crash.json").read_text())
     assert found["reason"] == "ZeroDivisionError: a bug"
     assert "begins anew" in found["resume"]
+
+
+def test_a_rank_that_was_told_leaves_the_file_to_the_one_that_failed(tmp_path: Path):
+    """It has the traceback, and may be the later of the two."""
+    late = threading.Timer(0.5, fail, [crash_file(tmp_path, rank=1), RuntimeError(TOLD)])
+    late.start()
+    fail(crash_file(tmp_path, rank=2), RuntimeError(TOLD))
+    late.join()
+    found = json.loads((tmp_path / "crash.json").read_text())
+    assert (found["rank"], found["traceback"][-1]) == (1, f"RuntimeError: {TOLD}")
+
+
+def test_where_the_rank_that_failed_cannot_write_another_tells_what_it_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(crash, "PATIENCE_S", 0.3)
+    fail(crash_file(tmp_path / "gone", rank=1), RuntimeError(TOLD))
+    began = time.monotonic()
+    fail(crash_file(tmp_path, rank=2), RuntimeError(TOLD))
+    assert time.monotonic() - began > 0.3
+    found = json.loads((tmp_path / "crash.json").read_text())
+    assert (found["reason"], found["rank"], found["traceback"]) == (TOLD, 2, None)
+
+
+def test_a_full_disk_leaves_no_file_and_a_later_rank_its_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        fail(crash_file(tmp_path, rank=1), RuntimeError("the true reason"))
+    assert "No space left on device" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+    fail(crash_file(tmp_path, rank=0), RuntimeError("the second reason"))
+    assert json.loads((tmp_path / "crash.json").read_text())["reason"] == "the second reason"
+    assert [path.name for path in tmp_path.iterdir()] == ["crash.json"]
+
+
+@pytest.mark.parametrize("torn", ["", '{"reason": "the disk'])
+def test_a_torn_file_is_replaced(tmp_path: Path, torn: str, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "crash.json").write_text(torn)
+    assert main([str(tmp_path)]) == 1
+    assert "must be a whole JSON file, but is torn" in capsys.readouterr().err
+    fail(crash_file(tmp_path, rank=0), RuntimeError("the true reason"))
+    assert json.loads((tmp_path / "crash.json").read_text())["reason"] == "the true reason"
+
+
+def test_without_hard_links_the_first_rank_wins_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*paths: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for rank in (1, 0):
+        fail(crash_file(tmp_path, rank=rank), RuntimeError(f"of rank {rank}"))
+    assert json.loads((tmp_path / "crash.json").read_text())["reason"] == "of rank 1"
+    assert [path.name for path in tmp_path.iterdir()] == ["crash.json"]
+
+
+def test_the_file_is_written_while_the_run_still_holds_its_lock(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Else a new start could set the folder right, and then get the file of the old one."""
+    write, seen = CrashFile._write, []
+
+    def other_start(self: CrashFile, *args: Any) -> None:
+        with pytest.raises(RuntimeError, match="one process at a time"), hold(folder / "run", patience_s=0.0):
+            pass
+        write(self, *args)
+        seen.append(self)
+
+    monkeypatch.setattr(CrashFile, "_write", other_start)
+    run_with(tiny_config(folder, run={"steps": 4}), Change(poison={4: NAN}))
+    assert len(seen) == 1
+    assert "step 2" in crash_of(folder)["reason"]
+    with hold(folder / "run", patience_s=0.0):
+        pass
+
+
+def test_a_process_of_an_earlier_start_does_not_write_into_the_folder_of_a_new_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / LOCK_FILE).write_text("process 1 of node 1")
+    old = crash_file(tmp_path, rank=1)
+    (tmp_path / LOCK_FILE).write_text("process 5 of node 9")
+    fail(old, RuntimeError("the old reason"))
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+    assert "another start has the folder by now" in caplog.text
+
+
+def fails(*args: Any, **kwargs: Any) -> None:
+    raise MemoryError("there are 2 GiB")
+
+
+@pytest.mark.parametrize(
+    ("part", "steps", "place"),
+    [("evaluate", 4, (2, 8)), ("save", 3, (3, 12)), ("MetricsWriter", 6, (4, 16))],
+    ids=["in an evaluation", "in the last save", "before the first step of a resumed run"],
+)
+def test_the_step_and_position_are_those_that_were_reached(
+    folder: Path, part: str, steps: int, place: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+):
+    config = {"eval": {"every_steps": 2}, "checkpoint": {"asynchronous": False, "on_failure": "stop"}}
+    if part == "MetricsWriter":
+        run.run(tiny_config(folder, run={"steps": 4}, **config), ALONE)
+    module = {"evaluate": measure, "save": checkpoint, "MetricsWriter": run}[part]
+    monkeypatch.setattr(module, part, fails)
+    with pytest.raises((MemoryError, RuntimeError), match="there are 2 GiB"):
+        run.run(tiny_config(folder, run={"steps": steps}, **config), ALONE)
+    found = crash_of(folder)
+    assert (found["step"], found["position"]) == place
 
 
 def test_a_folder_that_cannot_be_written_does_not_hide_the_error(tmp_path: Path, caplog: pytest.LogCaptureFixture):

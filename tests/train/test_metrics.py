@@ -103,7 +103,7 @@ def test_the_metrics_of_an_attempt_without_a_checkpoint_are_kept(folder: RunFold
         writer.close()
     losses = {path.name: json.loads(path.read_text())["loss"] for path in folder.path.glob("metrics*")}
     assert losses == {"metrics.jsonl.1": 7.0, "metrics.jsonl.2": 8.0, "metrics.jsonl": 9.0}
-    assert "metrics.jsonl.2 has the metrics of an attempt that left no checkpoint" in caplog.messages[-1]
+    assert "metrics.jsonl.2 is of an attempt that left no checkpoint" in caplog.messages[-1]
 
 
 def write_to_a_full_disk(path: str) -> tuple[str, str]:

@@ -19,8 +19,7 @@ from train.config import Config, check_world
 from train.crash import CrashFile
 from train.job import Job
 from train.metrics import Reporter
-from train.progress import Progress
-from train.resume import restore, roll_back
+from train.resume import restore
 from train.run import open_saver_of, run, train
 from train.run_folder import RunFolder
 
@@ -167,7 +166,7 @@ def gone_back(values: dict[str, Any]) -> tuple[bool, dict[str, Any], list[str]]:
         ]
         engine.placement.place(random_tables(engine))
         assert engine.placement.tables() != tables
-        roll_back(job, Progress(job.config.run.steps, 0))
+        restore(job)  # a rollback takes the same way
         after = [(part.name, part.start, part.tensors) for part in engine.fragments()]
         same = [one[:2] for one in before] == [one[:2] for one in after] and all(
             torch.equal(old[kind], new[kind])

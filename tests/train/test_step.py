@@ -15,7 +15,7 @@ from model.transformer import ModelOutput
 from tests.parallel.two_steps import open_world
 from train.engine import Engine, LocalMesh
 from train.evaluate import evaluate
-from train.step import StepSettings, total_reports, train_step
+from train.step import StepSettings, _reduce, _Totals, total_reports, train_step
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 0.5], [-3.0, 1.0, 4.0]])
 WORLD = LocalMesh(torch.device("cpu"))
@@ -128,6 +128,25 @@ def step_with_a_corrupt_row(failing: int) -> tuple[str, str, int]:
         except Exception as error:
             return type(error).__name__, str(error), len(engine.losses)
         return "nothing", "", len(engine.losses)
+
+
+class OneOfTwo(LocalMesh):
+    """A rank that the other adds nothing to."""
+
+    world_size = 2
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self.rank = rank
+
+
+@pytest.mark.parametrize("norm", [1.5, math.inf, math.nan])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_norm_is_that_of_rank_0_and_any_rank_s_that_is_not_finite(rank: int, norm: float):
+    """As it is: 0 times infinity would be told as nan."""
+    found = _reduce(_Totals(), OneOfTwo(rank), grad_norm=norm, ends=False, accumulation_steps=1).grad_norm
+    expected = 0.0 if rank == 1 and norm == 1.5 else norm
+    assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_a_row_that_one_rank_cannot_read_ends_the_step_on_every_rank_with_one_sentence(pool):

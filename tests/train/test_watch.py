@@ -82,6 +82,14 @@ def test_nothing_is_a_spike_before_the_window_is_full():
     assert "loss must stay below 2 times its median over the last 5 good steps, 2, but at step 6" in finding.sentence
 
 
+def test_a_spike_is_above_the_multiple_and_of_the_last_steps_of_the_window_alone():
+    config = watch(spike_factor=2.0, window=3)
+    assert judge(config, filled(config), replace(GOOD, loss=4.0), step=4) is None, "twice 2"
+    assert judge(config, filled(config), replace(GOOD, loss=4.001), step=4) is not None
+    longer = WatchState(losses=(9.0,) * 7 + (1.0,) * 3, norms=(1.0,) * 10)  # of a run whose window was 10
+    assert judge(config, longer, replace(GOOD, loss=3.0), step=11) is not None
+
+
 def test_a_logged_spike_is_applied_and_moves_the_median():
     """So a lasting change of the level is not told of for ever."""
     config = watch(spike_factor=2.0, window=3)
@@ -148,6 +156,11 @@ def test_the_state_comes_out_of_a_checkpoint_as_it_went_in():
     assert WatchState.of(None) == WatchState()
 
 
+def test_a_state_with_what_this_version_does_not_know_is_refused_in_a_sentence():
+    with pytest.raises(RuntimeError, match=r"watch state in step_7 must hold .* but it also holds future: go on with"):
+        WatchState.of({"rollbacks": 1, "future": 2}, where="step_7")
+
+
 def test_step_and_position_go_apart_where_the_run_goes_back():
     saved = Progress(4, 16, WatchState(skipped_steps=1))
     done = Progress(7, 40, WatchState(skipped_steps=2, rollbacks=1))
@@ -172,3 +185,26 @@ def test_a_setting_that_nothing_asks_for_is_refused(values: dict):
     with pytest.raises(ValidationError, match="set what is missing, or remove"):
         watch(**values)
     assert watch(**watch(on_nonfinite="skip").model_dump()) == watch(on_nonfinite="skip")
+
+
+def test_more_skips_in_a_row_than_skips_are_refused():
+    with pytest.raises(ValidationError, match="max_skips_in_a_row is 8 and max_skips is 2: lower"):
+        watch(on_nonfinite="skip", max_skips=2, max_skips_in_a_row=8)
+    with pytest.raises(ValidationError, match="max_skips_in_a_row is 50 and max_skips is 10: lower"):
+        watch(on_nonfinite="skip", max_skips_in_a_row=50)
+    assert watch(on_nonfinite="skip", max_skips=2).max_skips_in_a_row == 3, "a default asks for nothing"
+
+
+@pytest.mark.parametrize(
+    ("values", "steps", "sentence"),
+    [
+        ({"spike_factor": 2.0, "window": 7}, 7, "watch.window is 7 and run.steps is 7: lower watch.window"),
+        ({"on_nonfinite": "rollback"}, 5, "checkpoint.every_steps is 5 and run.steps is 5: lower checkpoint.every"),
+        ({"spike_factor": 2.0, "window": 3, "on_spike": "rollback"}, 5, "every_steps is 5 and run.steps is 5"),
+    ],
+)
+def test_what_a_run_is_too_short_for_is_refused(values: dict, steps: int, sentence: str):
+    with pytest.raises(ValueError, match=sentence):
+        watch(**values).check_length(steps=steps, checkpoint_every=5)
+    watch(**values).check_length(steps=steps + 1, checkpoint_every=5)
+    watch(on_nonfinite="skip", window=100).check_length(steps=1, checkpoint_every=100)

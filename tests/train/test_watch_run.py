@@ -61,8 +61,8 @@ def run_on(pool: Any, processes: int, config: Config, change: Change) -> str:
     return sentences[0]
 
 
-def events(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name / "run" / "events.jsonl").read_text().splitlines()]
+def events(folder: Path, name: str, file: str = "events.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name / "run" / file).read_text().splitlines()]
 
 
 @pytest.mark.parametrize(("processes", "stage"), STAGES)
@@ -183,10 +183,14 @@ def test_the_event_names_the_documents_of_all_ranks(folder: Path, pool):
 def test_a_run_cannot_go_back_before_its_first_checkpoint_nor_too_often(folder: Path):
     early = run_with(config_of(folder, "early", steps=4, watch=BACK), Change(poison={4: NAN}))
     assert "to go back the run needs a checkpoint, but step 2 is bad and there is none in" in early
+    (event,) = events(folder, "early")
+    assert event["action"] == "stop"
+    assert event["reason"].endswith(early), "told as what it is"
+    assert "must be finite, but at step 2" in event["reason"]
     often = config_of(folder, "often", steps=8, watch=BACK | {"max_rollbacks": 1})
     sentence = run_with(often, Change(poison={8: NAN, 12: NAN}))
     assert "must be finite, but at step 3" in sentence
-    assert "after the run has gone back 1 times (watch.max_rollbacks)" in sentence
+    assert "after 1 of at most 1 rollbacks (watch.max_rollbacks)" in sentence
     assert [event["action"] for event in events(folder, "often")] == ["rollback", "stop"]
 
 
