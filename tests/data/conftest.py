@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
 from data.tokenizer import END_TOKEN, Tokenizer, bytes_tokenizer
 from data.writer import ShardSetWriter
 
 END = 0
-WIDE_VOCAB_SIZE = 1 + 26**2
+WIDE_VOCAB_SIZE = 1 + 26**2 + 256
 
 ShardsOfDocuments = Sequence[Sequence[Sequence[int]]]
 
@@ -20,15 +21,17 @@ ShardsOfDocuments = Sequence[Sequence[Sequence[int]]]
 def wide_tokenizer() -> Tokenizer:
     """Ids enough to give every place of a small line its own: id 1 + n stands for the n-th pair of letters."""
     letters = [chr(ord("a") + i) for i in range(26)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = [first + second for first in letters for second in letters]
     return Tokenizer(
         json.dumps(
             {
                 "model": {
                     "type": "BPE",
-                    "vocab": {END_TOKEN: END} | {pair: i + 1 for i, pair in enumerate(pairs)},
+                    "vocab": {END_TOKEN: END} | {text: i + 1 for i, text in enumerate([*pairs, *alphabet])},
                     "merges": [],
                 },
+                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
                 "added_tokens": [{"id": END, "content": END_TOKEN, "special": True}],
                 "decoder": {"type": "ByteLevel"},
             }
