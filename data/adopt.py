@@ -94,7 +94,9 @@ def _document_field(paths: Sequence[Path]) -> str:
             f"like {names[:3]} (all that follows the first dot of a file name is its kind): convert it, or run python -m data.prepare on "
             "its texts"
         )
-    raise RuntimeError(f"the shards in {paths[0].parent} must hold documents, but all {len(paths)} are empty: copy them again")
+    raise RuntimeError(
+        f"the shards in {paths[0].parent} must hold documents, but all {len(paths)} are empty: copy them again"
+    )
 
 
 def _records_of(path: Path, *, field: str, tokenizer: Tokenizer) -> np.ndarray:

@@ -35,7 +35,8 @@ TOKEN_FIELD = "npy"
 _NAME, _SIZE, _CHECKSUM, _TYPE = slice(0, 100), slice(124, 136), slice(148, 156), slice(156, 157)  # of a tar's header
 _OCTAL = re.compile(rb"[ \0]*[0-7]+[ \0]*")
 _NPY = re.compile(
-    rb"\x93NUMPY\x01\0..\{'descr': '([<|][iu][1248])', 'fortran_order': False, 'shape': \((\d{1,15}),\), \} *\n", re.DOTALL
+    rb"\x93NUMPY\x01\0..\{'descr': '([<|][iu][1248])', 'fortran_order': False, 'shape': \((\d{1,15}),\), \} *\n",
+    re.DOTALL,
 )
 MAX_RUN_BYTES = 1 << 24  # read at once: the documents of a row, unless a foreign shard has pictures between them
 FIELDS = (TOKEN_FIELD, "txt", "text")  # the members that can be documents, the preferred one first
@@ -247,7 +248,9 @@ def _array_of(content: bytes) -> np.ndarray:
     if plain is None or plain.end() != 10 + int.from_bytes(content[8:10], "little"):
         try:
             return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-        except Exception as error:  # of hostile headers numpy's reader raises MemoryError, TokenError, RecursionError, ...
+        except (
+            Exception
+        ) as error:  # of hostile headers numpy's reader raises MemoryError, TokenError, RecursionError, ...
             reason = " ".join(str(error).split())
             raise ValueError(f"{type(error).__name__}: {reason[:100]}") from error
     return np.frombuffer(content, dtype=plain[1].decode(), count=int(plain[2]), offset=plain.end())

@@ -194,7 +194,9 @@ def _check_bpe(content: dict[str, Any], name: str) -> None:
 
 
 def _check_ids(ids: dict[str, int], name: str) -> None:
-    wrong = next((token for token, token_id in ids.items() if type(token_id) is not int or not 0 <= token_id < MAX_IDS), None)
+    wrong = next(
+        (token for token, token_id in ids.items() if type(token_id) is not int or not 0 <= token_id < MAX_IDS), None
+    )
     if wrong is not None:
         raise ValueError(
             f"the ids of {name} must be whole numbers from 0 to {MAX_IDS - 1}, but that of {wrong!r} is {ids[wrong]!r}: restore it"

@@ -1,6 +1,5 @@
 """Opening a folder of shards: what is recorded, and one sentence for every way in which it can be wrong."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 
 from data.index import INDEX_FILE, check_tokenizer, main, open_index, verify_shards
 from data.tokenizer import train_bpe
+from tests.data.index_by_hand import rewrite_index
 
 
 @pytest.fixture
@@ -95,11 +95,7 @@ def test_shards_that_do_not_match_their_index_are_named_when_the_folder_is_opene
 )
 def test_an_index_that_is_not_ours_is_a_sentence(folder, change, reason):
     """Its own checksum is right: another program wrote it."""
-    content = json.loads((folder / INDEX_FILE).read_text())
-    content["shards"][0] |= change
-    del content["checksum"]
-    content["checksum"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    (folder / INDEX_FILE).write_text(json.dumps(content))
+    rewrite_index(folder, change)
     with pytest.raises(RuntimeError, match=f"index.json {reason}|index.json must list .*{reason}") as error:
         open_index(folder)
     assert "\n" not in str(error.value)
@@ -115,7 +111,7 @@ def test_a_file_that_cannot_be_read_is_a_sentence(folder, monkeypatch, name):
         return plain(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", read)
-    with pytest.raises(RuntimeError, match=rf"cannot be read \(.*Permission denied.*\): restore it, or correct its"):
+    with pytest.raises(RuntimeError, match=r"cannot be read \(.*Permission denied.*\): restore it, or correct its"):
         open_index(folder)
 
 

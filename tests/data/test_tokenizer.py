@@ -86,7 +86,10 @@ def test_more_ids_than_the_text_can_fill_are_refused():
         ),
         (lambda content: content["model"].update(type="Unigram", vocab=[["a", -1.0]]), "its model is Unigram"),
         (lambda content: content["model"].update(type="WordLevel"), "its model is WordLevel"),
-        (lambda content: content["model"]["vocab"].pop("h"), r"each of the 256 bytes, .* none for 1 of them \(byte 104,"),
+        (
+            lambda content: content["model"]["vocab"].pop("h"),
+            r"each of the 256 bytes, .* none for 1 of them \(byte 104,",
+        ),
         (lambda content: content.update(pre_tokenizer={"type": "Whitespace"}), "its pre_tokenizer is Whitespace"),
         (lambda content: content.update(pre_tokenizer=None), "its pre_tokenizer is None"),
         (lambda content: content["model"].update(dropout=0.1), r"no dropout, .* dropout is 0\.1"),

@@ -132,7 +132,9 @@ def test_held_out_shards_that_changed_are_named_on_resume(folder, is_moved):
     if not is_moved:
         shutil.rmtree(folder / "shards" / "heldout")
         other = other.rename(folder / "shards" / "heldout")
-    with pytest.raises(ValueError, match=r"must keep the held-out shards it began with.* 8 altered: heldout-000000\.tar"):
+    with pytest.raises(
+        ValueError, match=r"must keep the held-out shards it began with.* 8 altered: heldout-000000\.tar"
+    ):
         run(tiny_config(folder, data={"heldout": str(other)}, run={"steps": 4}), ALONE)
 
 
@@ -165,7 +167,8 @@ def test_ranks_that_opened_different_shards_are_told_before_the_network_is_built
     monkeypatch.setattr(LocalMesh, "all_gather_object", gather)
     monkeypatch.setattr(run_module, "build_model", lambda *_, **__: pytest.fail("the network was built"))
     with pytest.raises(
-        RuntimeError, match=rf"{key} must hold the same .* fingerprint of rank 2 is different and that of rank 0 is \w{{64}}"
+        RuntimeError,
+        match=rf"{key} must hold the same .* fingerprint of rank 2 is different and that of rank 0 is \w{{64}}",
     ):
         run(tiny_config(folder), ALONE)
 
