@@ -179,8 +179,9 @@ class _Plan:
 
     def share(self, worker: int, num_workers: int) -> Iterator["_Rows"]:
         """What one of some reader processes makes, in half of the bytes where the numbers are small enough."""
-        small = all(index.vocab_size < 1 << 31 for index in self.indexes)
-        small = small and sum(index.num_documents for index in self.indexes) < 1 << 31
+        small = (
+            sum(index.num_documents for index in self.indexes) < 1 << 31
+        )  # ids of tokens always are (data/tokenizer.py)
         for rows in self.rows(worker=worker, num_workers=num_workers):
             yield replace(rows, numbers=rows.numbers.astype(np.int32)) if small else rows
 
