@@ -59,7 +59,6 @@ def test_resume_may_change_layout_and_bookkeeping_and_says_so(override: str) -> 
     [
         "run.seed=2",
         "run.dtype=bfloat16",
-        "data.shards=[{name: other, shards: other, weight: 1.0}]",
         "data.sequence_length=128",
         "data.global_batch_size=32",
         "data.streams=8",
