@@ -261,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         index = open_index(options.folder)
         if options.verify:
             verify_shards(index)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     checked = "every checksum verified" if options.verify else "sizes checked"

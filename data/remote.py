@@ -28,10 +28,8 @@ FIRST_WAIT_S = 0.5  # doubled after each attempt: 7.5 s in all, longer than a re
 TIMEOUT_S = 60.0  # without a byte from the server or the command
 CHUNK_BYTES = 1 << 20
 MAX_INDEX_BYTES = 1 << 30  # of a file whose size no index tells
-PASSING = frozenset({408, 425, 429, *range(500, 600)}) - {
-    501,
-    505,
-}  # answers that may be other ones soon; these two will not
+# answers of a server that may be other ones soon; 501 and 505 say what it cannot do
+PASSING = frozenset({408, 425, 429, *range(500, 600)} - {501, 505})
 
 
 Result = TypeVar("Result")

@@ -207,7 +207,10 @@ def iterate_members(path: Path, file: io.BufferedReader, *, field: str) -> Itera
     try:
         stream: Any = file  # webdataset takes a stream here, although it says TarFile
         for member in tar_file_iterator(stream, select_files=lambda name: field_of(name) == field):
-            yield Member(name=member["fname"], content=member["data"])
+            name = (
+                member["fname"].encode("utf-8", "backslashreplace").decode()
+            )  # for messages, which a console must print
+            yield Member(name=name, content=member["data"])
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         reason = str(error).partition(" @ ")[0]  # webdataset appends its file object
         raise damaged(path, position, f"reading the tar from there on fails ({reason})") from error

@@ -178,7 +178,7 @@ def _check_bpe(content: dict[str, Any], name: str) -> None:
             f"{name} must have a token for each of the 256 bytes, so that no text is lost, but it has none for {len(missing)} of them "
             f"(byte {missing[0]}, ...): use another tokenizer"
         )
-    steps = content.get("pre_tokenizer") or {"type": None}
+    steps: dict[str, Any] = content.get("pre_tokenizer") or {"type": None}
     kinds = [step["type"] for step in steps.get("pretokenizers", [steps])]
     if "ByteLevel" not in kinds:
         raise ValueError(

@@ -118,6 +118,7 @@ def test_no_pickle_is_decoded(tmp_path, name, as_array):
         ({"a.npy": np.array([1, 257])}, "below the tokenizer's vocab_size 257, but they go from 1 to 257"),
         ({"a.npy": np.array([-1, 3])}, "go from -1 to 3"),
         ({"a.txt": b"\xff"}, r"a\.txt .* cannot be read \('utf-8'"),
+        ({"\udcff.txt": b"\xff"}, r"the document \\udcff\.txt .* cannot be read \('utf-8'"),
         ({"a.jpg": b"x"}, r"must hold documents as \.npy, \.txt, \.text, but its members are like \['a\.jpg'\]"),
         ({"a.txt": b"x", "b.jpg": b"x"}, r"one \.txt document, but it has 2 samples and 1 such"),
     ],

@@ -4,6 +4,7 @@ import os
 import tarfile
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -210,7 +211,7 @@ def test_a_file_that_may_not_be_read_is_passed_over_like_a_missing_one(folder, r
     expected = rows_without(random_shards, whole(random_shards, 2), num_rows=160)
     plain = Path.open
 
-    def read(path: Path, *arguments: object, **options: object):
+    def read(path: Path, *arguments: Any, **options: Any):
         if path.name == f"train-000002{suffix}":
             raise PermissionError(13, "Permission denied", str(path))
         return plain(path, *arguments, **options)

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,7 +106,7 @@ def test_an_index_that_is_not_ours_is_a_sentence(folder, change, reason):
 def test_a_file_that_cannot_be_read_is_a_sentence(folder, monkeypatch, name):
     """Rights stop no root user, so the system's answer is feigned."""
 
-    def read(path: Path, *arguments: object, plain=Path.open, **options: object):
+    def read(path: Path, *arguments: Any, plain=Path.open, **options: Any):
         if path.name == name:
             raise PermissionError(13, "Permission denied", str(path))
         return plain(path, *arguments, **options)

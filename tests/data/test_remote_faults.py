@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,7 +119,7 @@ def test_a_shard_that_could_not_be_fetched_is_tried_again_after_some_minutes(fol
 
 
 def test_a_full_disk_is_an_error_however_many_shards_may_be_skipped(folder, server, tmp_path, monkeypatch):
-    def full(*arguments: object, **options: object) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cache_module, "fetch", full)
@@ -154,7 +155,7 @@ def test_a_kept_shard_that_may_not_be_read_is_a_sentence(folder, server, tmp_pat
     rows(config_of(server.url, tmp_path))
     plain = Path.open
 
-    def read(path: Path, *arguments: object, **options: object):
+    def read(path: Path, *arguments: Any, **options: Any):
         return denied(path) if path.suffix == ".tar" else plain(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", read)
