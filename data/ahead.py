@@ -38,5 +38,5 @@ class Ahead:
                     self._is_on = False
                     return
                 shard = self._wanted.popleft()
-            with suppress(RuntimeError), self._cache.hold(shard):
+            with suppress(Exception), self._cache.hold(shard):  # else `_is_on` would stay true with no thread
                 pass

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from data.damage import NodeTrouble
 from data.files import exclusive
 from data.remote import fetch
 from data.shards import SHARD_SUFFIX, ShardInfo
@@ -42,50 +43,70 @@ class ShardCache:
     def hold(self, shard: ShardInfo) -> Iterator[Path]:
         """The shard's file, fetched if it is not there, and kept there during the body.
 
-        Raises RuntimeError if it cannot be fetched or there is no room for it.
+        Raises RuntimeError if it cannot be fetched, NodeTrouble if there is no room for it or the folder cannot be used.
         """
         path = self._path(shard)
+        while True:
+            with self._told(shard):
+                file = self._open(path)
+            if file is None:
+                self._fetch(shard, path)
+                continue
+            with file:
+                yield path
+            return
+
+    def discard(self, shard: ShardInfo) -> None:
+        """Removes a file that turned out to be damaged: the next `hold` fetches it anew."""
+        with self._told(shard):
+            self._path(shard).unlink(missing_ok=True)
+
+    @contextmanager
+    def _told(self, shard: ShardInfo) -> Iterator[None]:
+        """Makes a sentence of what the disk says."""
+        try:
+            yield
+        except OSError as error:
+            raise NodeTrouble(
+                f"{shard.name} cannot be kept in data.cache {self.folder} ({error.strerror or error}): free space there, or choose "
+                "another folder"
+            ) from error
+
+    @staticmethod
+    def _open(path: Path) -> BinaryIO | None:
+        """The file, locked for reading; None if it is not there."""
         while True:
             try:
                 file = path.open("rb")
             except FileNotFoundError:
-                self._fetch(shard, path)
-                continue
-            with file:
-                fcntl.flock(file, fcntl.LOCK_SH)
-                if not _is_at(file, path):
-                    continue  # it was removed between open and lock
-                os.utime(path)  # its last use, for whoever makes room
-                yield path
-                return
-
-    def discard(self, shard: ShardInfo) -> None:
-        """Removes a file that turned out to be damaged: the next `hold` fetches it anew."""
-        self._path(shard).unlink(missing_ok=True)
+                return None
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if _is_at(file, path):
+                with suppress(OSError):  # another user's file: it then counts as unused since they used it
+                    os.utime(path)  # its last use, for whoever makes room
+                return file
+            file.close()  # it was removed between open and lock
 
     def _path(self, shard: ShardInfo) -> Path:
         return self.folder / f"{shard.name.removesuffix(SHARD_SUFFIX)}-{shard.sha256[:16]}{SHARD_SUFFIX}"
 
     def _fetch(self, shard: ShardInfo, path: Path) -> None:
         partial = path.with_suffix(PARTIAL_SUFFIX)
-        try:
-            with exclusive(path.with_suffix(".lock")):  # another process that wants this shard waits here
-                if path.exists():
-                    return
-                with self._reserved(partial, shard) as file:
-                    try:
-                        fetch(self.place, shard.name, file, size=shard.bytes, sha256=shard.sha256)
-                        file.flush()
-                        os.fsync(file.fileno())
-                        os.replace(partial, path)
-                    except BaseException:
-                        partial.unlink(missing_ok=True)
-                        raise
-        except OSError as error:
-            raise RuntimeError(
-                f"{shard.name} cannot be kept in data.cache {self.folder} ({error.strerror or error}): free space there, or choose "
-                "another folder"
-            ) from error
+        with (
+            self._told(shard),
+            exclusive(path.with_suffix(".lock")),
+        ):  # another process that wants this shard waits here
+            if path.exists():
+                return
+            with self._reserved(partial, shard) as file:
+                try:
+                    fetch(self.place, shard.name, file, size=shard.bytes, sha256=shard.sha256)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(partial, path)
+                except BaseException:
+                    partial.unlink(missing_ok=True)
+                    raise
 
     @contextmanager
     def _reserved(self, partial: Path, shard: ShardInfo) -> Iterator[BinaryIO]:
@@ -100,7 +121,7 @@ class ShardCache:
                     os.truncate(partial, shard.bytes)
                     break
             if shard.bytes > self.limit_bytes or time.monotonic() > deadline:
-                raise RuntimeError(
+                raise NodeTrouble(
                     f"data.cache_gb must hold the shards that are in use at the same time, but it is {self.limit_bytes / GB:g} and "
                     f"{shard.name} of {shard.bytes / GB:g} GB needs {missing / GB:g} GB more: raise data.cache_gb"
                 )
@@ -124,7 +145,7 @@ class ShardCache:
 
 
 def _remove_unused(path: Path) -> bool:
-    with suppress(FileNotFoundError), path.open("rb") as file:
+    with suppress(FileNotFoundError, PermissionError), path.open("rb") as file:  # another user's stays
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -120,7 +121,8 @@ def _check_weights(sources: Sequence[SourceConfig]) -> None:
         if weight * BLOCK_ROWS < sum(exact):
             raise ValueError(
                 f"each weight of data.shards must be at least 1/{BLOCK_ROWS} of their sum, but that of {source.name} is "
-                f"{source.weight} and the sum is {float(sum(exact))}: raise it, or prepare the source together with another one"
+                f"{source.weight} and the sum is {sum(other.weight for other in sources)}: "
+                "raise it, or prepare the source together with another one"
             )
 
 
@@ -132,6 +134,11 @@ def _check_place(key: str, place: str, *, cache: str | None, allow_pipe: bool) -
                 "to its output, as pipe:COMMAND with {} for the file's name"
             )
         return
+    if place.startswith(HTTP) and not _is_address(place):
+        raise ValueError(
+            f"{key} must be an address as https://host:port/folder, in ASCII without blanks, user or #, but it is {place}: write other "
+            "characters as %XX and other host names as xn--..., and put credentials into the environment of a pipe:"
+        )
     if place.startswith(PIPE) and not allow_pipe:
         raise ValueError(
             f"{key} runs a command only where data.allow_pipe is true, but it is {place} and data.allow_pipe is false: set "
@@ -147,6 +154,15 @@ def _check_place(key: str, place: str, *, cache: str | None, allow_pipe: bool) -
             f"remote shards are kept in data.cache, but {key} is {place} and data.cache is null: set data.cache to a folder on "
             "this node's own disk"
         )
+
+
+def _is_address(place: str) -> bool:
+    try:
+        parts = urlsplit(place)
+        wrong = parts.port == 0 or not parts.hostname or "@" in parts.netloc or "#" in place
+    except ValueError:  # a port that is no number, half an IPv6 address
+        return False
+    return not wrong and re.fullmatch(r"[!-~]+", place) is not None
 
 
 def check_layout(config: DataConfig, *, accumulation_steps: int, num_ranks: int) -> None:

@@ -1,10 +1,14 @@
-"""Shards that were passed over: counted, and refused beyond `data.max_skipped_shards`.
+"""Shards that were passed over: counted, and refused beyond `data.max_skipped_shards`; and what is never passed over.
 
 What is damaged is found elsewhere: data/index.py when a folder is opened, data/reader.py when a document is read. Used by
-data/split.py, data/loader.py (what this process met) and train/run.py (what all processes met).
+data/split.py, data/loader.py (what this process met), train/run.py (what all processes met), data/cache.py and data/reader.py.
 """
 
 from collections.abc import Mapping
+
+
+class NodeTrouble(RuntimeError):
+    """This node's disk, not a shard, is at fault: a full cache would make every shard look damaged. Always an error."""
 
 
 def check_limit(found: Mapping[str, str], *, limit: int) -> None:

@@ -74,6 +74,15 @@ def open_index(folder: str | Path, *, tolerant: bool = False, cache: ShardCache 
             f"there is no folder of shards at {folder}: write it with {PREPARE_COMMAND}, or change data.shards or "
             "data.heldout"
         )
+    try:
+        return _open(folder, tolerant=tolerant, cache=cache)
+    except OSError as error:
+        raise RuntimeError(
+            f"the folder of shards {folder} cannot be read ({error}): restore it, or correct its permissions"
+        ) from error
+
+
+def _open(folder: Path, *, tolerant: bool, cache: ShardCache | None) -> ShardIndex:
     if not (folder / INDEX_FILE).is_file():
         _adopt(folder)
     content = _read_content(folder)
@@ -83,7 +92,7 @@ def open_index(folder: str | Path, *, tolerant: bool = False, cache: ShardCache 
             f"{folder / TOKENIZER_FILE} must be the tokenizer of its shards, but it is {tokenizer.tokenizer_id} and "
             f"the index says {content['tokenizer_id']}: restore it, or {rebuild_hint(folder)}"
         )
-    shards = tuple(ShardInfo(**shard) for shard in content["shards"])
+    shards = shards_of(content)
     problems = {} if cache else _problems_of(folder, shards)
     if problems and not tolerant:
         raise RuntimeError(next(iter(problems.values())))
@@ -149,7 +158,7 @@ def _adopt(folder: Path) -> None:
                 logger.warning("first use of %s: reading its %d tars once to write their index", folder, num_shards)
                 found = adopt_shards(folder, tokenizer=tokenizer)
                 write_index(folder, shards=found.shards, field=found.field, tokenizer=tokenizer)
-    except OSError as error:
+    except OSError as error:  # what cannot be read is told by data/adopt.py
         raise RuntimeError(
             f"the index of {folder} cannot be written ({error}): make the folder writable for its first use"
         ) from error
@@ -158,22 +167,38 @@ def _adopt(folder: Path) -> None:
 def _read_content(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_FILE
     try:
-        content = json.loads(path.read_bytes())
+        return parse_index(path.read_bytes())
+    except ValueError as error:
+        raise RuntimeError(f"the index {path} {error}: restore it, or {rebuild_hint(folder)}") from error
+
+
+def parse_index(written: bytes) -> dict[str, Any]:
+    """What an index.json says. Raises ValueError, whose words follow the file's name, if it is not what `write_index` wrote."""
+    try:
+        content = json.loads(written)
         checksum = content.pop("checksum")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RuntimeError(
-            f"the index {path} cannot be read ({error!r}): restore it, or {rebuild_hint(folder)}"
-        ) from error
-    if checksum != _checksum(content):
-        raise RuntimeError(
-            f"the index {path} was altered since it was written (its checksum differs): restore it, or "
-            f"{rebuild_hint(folder)}"
-        )
-    if content["format"] != FORMAT or content["field"] not in FIELDS:
-        raise RuntimeError(
-            f"the index {path} must have format {FORMAT}, but it has format {content['format']}: {rebuild_hint(folder)}"
-        )
+        if checksum != _checksum(content):
+            raise ValueError("was altered since it was written (its checksum differs)")
+        if content["format"] != FORMAT or content["field"] not in FIELDS:
+            raise ValueError(f"must have format {FORMAT}, but it has format {content['format']}")
+        shards_of(content)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"cannot be read ({error!r})") from error
     return content
+
+
+def shards_of(content: dict[str, Any]) -> tuple[ShardInfo, ...]:
+    """The shards that the content of an index lists. Raises ValueError or TypeError if they are none."""
+    shards = tuple(ShardInfo(**shard) for shard in content["shards"])
+    seen = set()
+    for shard in shards:
+        texts, counts = (shard.name, shard.sha256, shard.sidecar_sha256), (shard.bytes, shard.documents, shard.tokens)
+        if not all(type(text) is str for text in texts) or not all(type(n) is int and n >= 0 for n in counts):
+            raise ValueError(f"must list names, checksums and counts, but it has {asdict(shard)}")
+        if shard.name in seen:
+            raise ValueError(f"must list each shard once, but it lists {shard.name} twice")
+        seen.add(shard.name)
+    return shards
 
 
 def _problems_of(folder: Path, shards: Sequence[ShardInfo]) -> dict[str, str]:
@@ -236,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         index = open_index(options.folder)
         if options.verify:
             verify_shards(index)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     checked = "every checksum verified" if options.verify else "sizes checked"

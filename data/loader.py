@@ -96,8 +96,7 @@ def train_batches(
         num_ranks=num_ranks,
         first_micro_step=position // micro_step_rows,
         tolerant=config.max_skipped_shards > 0,
-        ahead=config.cache_gb * GB
-        >= 2 * config.streams * max(shard.bytes for index in indexes for shard in index.shards),
+        ahead=config.cache_gb * GB >= 2 * config.streams * sum(map(_largest_fetched, indexes)),
     )
     rows = in_processes(plan.share, num_workers=config.num_workers) if config.num_workers else plan.rows()
     return TrainBatches(map(_to_batch, rows), damaged=split.damaged, limit=config.max_skipped_shards)
@@ -149,6 +148,11 @@ def heldout_batches(
     return map(_to_batch, plan.rows())
 
 
+def _largest_fetched(index: ShardIndex) -> int:
+    """Bytes of the largest shard that comes into the cache. Each stream has one of each source open."""
+    return 0 if index.cache is None else max(shard.bytes for shard in index.shards)
+
+
 @dataclass(frozen=True)
 class _Plan:
     """Everything that determines one rank's batches. Small enough to send to a reader process."""
@@ -163,7 +167,7 @@ class _Plan:
     first_micro_step: int
     num_micro_steps: int | None = None  # None: endless
     tolerant: bool = False
-    ahead: bool = False  # the cache has room for the shard of each stream and the next
+    ahead: bool = False  # the cache has room for each stream's shard of each source, and the next
 
     def rows(self, *, worker: int = 0, num_workers: int = 1) -> Iterator["_Rows"]:
         """Those of every `num_workers`-th micro-step from the `worker`-th on."""
@@ -175,8 +179,9 @@ class _Plan:
 
     def share(self, worker: int, num_workers: int) -> Iterator["_Rows"]:
         """What one of some reader processes makes, in half of the bytes where the numbers are small enough."""
-        small = all(index.vocab_size < 1 << 31 for index in self.indexes)
-        small = small and sum(index.num_documents for index in self.indexes) < 1 << 31
+        small = (
+            sum(index.num_documents for index in self.indexes) < 1 << 31
+        )  # ids of tokens always are (data/tokenizer.py)
         for rows in self.rows(worker=worker, num_workers=num_workers):
             yield replace(rows, numbers=rows.numbers.astype(np.int32)) if small else rows
 

@@ -4,7 +4,8 @@ Writes DIR/train and DIR/heldout, each with webdataset tars of tokenised documen
 tokenizer.json. A document is held out by the hash of its text, so equal texts never lie on both sides. The same sources
 and arguments give the same bytes, whatever the number of processes: documents are read and written in one order by this
 process, and only tokenised by others. Written to DIR.partial and renamed when whole. Owns the order of the work;
-data/sources.py finds the text, data/tokenizer.py encodes it, data/shards.py and data/index.py know the files.
+data/sources.py finds the text, data/record.py knows
+whether it was done already, data/tokenizer.py encodes, data/shards.py and data/index.py know the files.
 """
 
 import argparse
@@ -15,43 +16,26 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from data.encode import encode_documents, is_heldout
 from data.files import exclusive, write_whole
 from data.progress import progress_bar
+from data.record import RECORD_FILE, Arguments, check_same_files, is_finished, record_of
 from data.sources import (
     STDLIB,
     Document,
     SourceFile,
     check_has_text,
-    describe_source,
     find_sources,
     read_documents,
 )
 from data.tokenizer import MIN_VOCAB_SIZE, TOKENIZER_FILE, Tokenizer, bytes_tokenizer, load_tokenizer, train_bpe
 
-RECORD_FILE = "prepare.json"
 BPE_SAMPLE_BYTES = 64 << 20  # of training text: seconds of training, and more text hardly changes the merges
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What determines the shards."""
-
-    sources: tuple[str, ...]
-    out: str
-    tokenizer: str  # bytes, bpe, or the path of a tokenizer.json
-    vocab_size: int | None
-    shard_tokens: int | None
-    seed: int
-    text_field: str
-    document_bytes: int
 
 
 def prepare(arguments: Arguments, *, workers: int, console: Console) -> None:
@@ -60,49 +44,35 @@ def prepare(arguments: Arguments, *, workers: int, console: Console) -> None:
     Raises ValueError for arguments or sources that cannot be, RuntimeError for damaged files.
     """
     started = time.perf_counter()
+    _check_arguments(arguments)
     out = Path(arguments.out)
     partial = out.with_name(f"{out.name}.partial")
-    _check_arguments(arguments)
     out.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(out.with_name(f"{out.name}.lock")):
-        if is_finished(out, arguments):
-            console.print(f"{out} holds these shards already (made with the same arguments): nothing to do")
+        finished = is_finished(out, arguments)
+        if finished and not all(source == STDLIB or Path(source).exists() for source in arguments.sources):
+            console.print(
+                f"{out} holds these shards already (made with the same arguments from a source that is gone): nothing to do"
+            )
             return
         files = find_sources(arguments.sources, seed=arguments.seed, excluded=[out, partial])
+        if finished:
+            check_same_files(out, files)
+            console.print(f"{out} holds these shards already (made with the same arguments): nothing to do")
+            return
         check_has_text(files, sources=arguments.sources, text_field=arguments.text_field)
+        record = record_of(arguments, files)  # now: what is changed while it is read is noticed the next time
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir()
         try:
             tokenizer = make_tokenizer(arguments, files, console=console)
             write_splits(partial, arguments, files, tokenizer=tokenizer, workers=workers, console=console)
-            write_whole(partial / RECORD_FILE, (json.dumps(_record(arguments), indent=1) + "\n").encode())
+            write_whole(partial / RECORD_FILE, (json.dumps(record, indent=1) + "\n").encode())
             partial.rename(out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     console.print(f"done in {time.perf_counter() - started:.1f} s: {out}")
-
-
-def is_finished(out: Path, arguments: Arguments) -> bool:
-    """Whether `out` holds what `arguments` would write. Raises ValueError if it holds something else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    if not (out / RECORD_FILE).is_file():
-        raise ValueError(
-            f"--out must be a new folder, but {out} holds something else: choose another --out or remove it"
-        )
-    there, wanted = json.loads((out / RECORD_FILE).read_bytes()), _record(arguments)
-    differences = [
-        f"{name} is {there.get(name)!r} there and {value!r} here"
-        for name, value in wanted.items()
-        if value != there.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"{out} holds shards made with other arguments ({'; '.join(differences)}): choose another --out, or remove "
-            "the folder"
-        )
-    return True
 
 
 def make_tokenizer(arguments: Arguments, files: Sequence[SourceFile], *, console: Console) -> Tokenizer:
@@ -174,6 +144,10 @@ def _documents(arguments: Arguments, files: Sequence[SourceFile], *, skipped: Co
 
 
 def _check_arguments(arguments: Arguments) -> None:
+    if Path(arguments.out).name in ("", ".."):
+        raise ValueError(
+            f"--out must name a new folder, but it is {arguments.out}: add a name, as in {arguments.out}/shards"
+        )
     size = arguments.vocab_size
     if arguments.tokenizer == "bpe" and (size is None or size < MIN_VOCAB_SIZE):
         raise ValueError(
@@ -203,20 +177,6 @@ def _check_split(*, train: int, heldout: int) -> None:
             f"both sets need documents, but there are {train} for training and {heldout} held out (5 % by hash of "
             "their text): add text, or cut it into smaller documents with --document-bytes"
         )
-
-
-def _record(arguments: Arguments) -> dict[str, Any]:
-    """What is kept with the shards, and compared when the same folder is asked for again."""
-    tokenizer = arguments.tokenizer
-    return {
-        "--source": [describe_source(source) for source in arguments.sources],
-        "--tokenizer": tokenizer if tokenizer in ("bytes", "bpe") else str(Path(tokenizer).resolve()),
-        "--vocab-size": arguments.vocab_size,
-        "--shard-tokens": arguments.shard_tokens,
-        "--seed": arguments.seed,
-        "--text-field": arguments.text_field,
-        "--document-bytes": arguments.document_bytes,
-    }
 
 
 def parse_arguments(command_line: Sequence[str] | None) -> tuple[Arguments, int]:

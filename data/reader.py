@@ -6,6 +6,7 @@ data/shards.py what a tar looks like, data/cache.py has the tars that are fetche
 No file stays open between two reads: nothing to leak.
 """
 
+import time
 from bisect import bisect_right
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from itertools import accumulate
 import numpy as np
 
 from data.ahead import Ahead
+from data.damage import NodeTrouble
 from data.index import ShardIndex, check_tokenizer
 from data.order import shard_order
 from data.recent import Recent
@@ -23,6 +25,7 @@ from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 CACHED_SHARDS = 256  # sidecars in memory (24 bytes per document); one stream is in one shard at a time
 CACHED_EPOCHS = 8  # streams of a mixture may be in different ones, as may the rows of a micro-step
+RETRY_S = 300.0  # until a shard that could not be fetched is tried again, which takes 7.5 s or more
 NO_DOCUMENT = -1  # the document id of a place that has no token, or one that cannot be read
 
 _UNREADABLE = np.empty(0, dtype=np.uint8)  # remembered in place of a document
@@ -48,7 +51,8 @@ class LineReader:
     """Reads the line of one source. `seed` permutes the shards per epoch; None keeps the order of the index.
 
     tolerant: a document that cannot be read becomes end tokens with NO_DOCUMENT, and its shard a key of `damaged`. That is a matter of
-    this document alone: the same in every process that sees the same files, whatever it read before.
+    this document alone: the same in every process that sees the same files, whatever it read before. A shard that cannot be fetched is
+    tried again after RETRY_S; NodeTrouble is raised in any case.
     """
 
     def __init__(
@@ -72,7 +76,9 @@ class LineReader:
         self._shards: Recent[_Shard] = Recent(max(CACHED_SHARDS, cached_documents))
         self._documents: Recent[np.ndarray] = Recent(cached_documents)
         self._fetched_again: set[int] = set()
-        self._out_of_reach: set[int] = set()  # could not be fetched: each further try would take seconds
+        self._next_try: dict[
+            int, float
+        ] = {}  # when, by time.monotonic(), a shard that could not be fetched is tried again
         self._ahead = Ahead(index.cache) if ahead and index.cache is not None else None
         self._begun: set[tuple[int, int]] = set()  # epoch and place of each shard, if there is an `_ahead`
 
@@ -125,15 +131,16 @@ class LineReader:
         start = first + next(i for i, content in enumerate(contents) if content is None)
         end = int(shard.records["offset"][last]) if last < len(shard.records) else self._index.shards[number].bytes
         fresh = self._read_fresh(number, shard.records[start:last], end)
-        for document, content in zip(range(start, last), fresh, strict=True):
-            self._documents.put((number, document), content)
+        if not self._is_out_of_reach(number):  # else a later try may have them
+            for document, content in zip(range(start, last), fresh, strict=True):
+                self._documents.put((number, document), content)
         return remembered[: start - first] + fresh
 
     def _read_fresh(self, number: int, records: np.ndarray, end: int) -> list[np.ndarray]:
         problems: list[RuntimeError] = []
         contents = self._read_tar(number, records, end, problems)
         cache = self._index.cache
-        if problems and cache is not None and number not in {*self._out_of_reach, *self._fetched_again}:
+        if problems and cache is not None and not (self._is_out_of_reach(number) or number in self._fetched_again):
             self._fetched_again.add(number)
             cache.discard(self._index.shards[number])  # it was whole when it was fetched: this node's disk changed it
             problems.clear()
@@ -144,7 +151,7 @@ class LineReader:
 
     def _read_tar(self, number: int, records: np.ndarray, end: int, problems: list[RuntimeError]) -> list[np.ndarray]:
         index, info = self._index, self._index.shards[number]
-        if number in self._out_of_reach:
+        if self._is_out_of_reach(number):
             return [_UNREADABLE] * len(records)
         held = nullcontext(index.folder / info.name) if index.cache is None else index.cache.hold(info)
         try:
@@ -158,10 +165,15 @@ class LineReader:
                     on_damage=problems.append,
                 )
                 return [_UNREADABLE if document is None else document for document in documents]
-        except RuntimeError as error:  # of the cache; the documents' own are told by on_damage
+        except NodeTrouble:
+            raise
+        except RuntimeError as error:  # of the fetching; the documents' own are told by on_damage
             problems.append(error)
-            self._out_of_reach.add(number)
+            self._next_try[number] = time.monotonic() + RETRY_S
             return [_UNREADABLE] * len(records)
+
+    def _is_out_of_reach(self, number: int) -> bool:
+        return time.monotonic() < self._next_try.get(number, 0.0)
 
     def _report(self, number: int, error: RuntimeError) -> None:
         if not self._tolerant:

@@ -16,9 +16,10 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO, BinaryIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from typing import IO, BinaryIO, TypeVar
 
 from data.config import PIPE
 
@@ -27,7 +28,11 @@ FIRST_WAIT_S = 0.5  # doubled after each attempt: 7.5 s in all, longer than a re
 TIMEOUT_S = 60.0  # without a byte from the server or the command
 CHUNK_BYTES = 1 << 20
 MAX_INDEX_BYTES = 1 << 30  # of a file whose size no index tells
-PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # answers of a server that may be other ones soon
+# answers of a server that may be other ones soon; 501 and 505 say what it cannot do
+PASSING = frozenset({408, 425, 429, *range(500, 600)} - {501, 505})
+
+
+Result = TypeVar("Result")
 
 
 class _MayPass(Exception):
@@ -39,15 +44,36 @@ def fetch(place: str, name: str, file: BinaryIO, *, size: int | None = None, sha
 
     Raises RuntimeError, one sentence, when it is not there, when ATTEMPTS attempts failed, or when what comes is not what it must be.
     """
-    began = time.monotonic()
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
+    _try(place, name, lambda: _fetch_once(place, name, file, size=size, sha256=sha256))
+
+
+def fetch_content(
+    place: str, name: str, *, sha256: str | None = None, accept: Callable[[bytes], object] = lambda content: None
+) -> bytes:
+    """The content of a small file. accept: raises ValueError if it is not what it must be (a proxy's page, a file that was cut off);
+    then it is fetched again. Raises RuntimeError as `fetch` does."""
+
+    def attempt() -> bytes:
+        file = BytesIO()
+        _fetch_once(place, name, file, size=None, sha256=sha256)
         try:
-            _fetch_once(place, name, file, size=size, sha256=sha256)
-            return
+            accept(file.getvalue())
+        except ValueError as error:
+            raise _MayPass(str(error)) from error
+        return file.getvalue()
+
+    return _try(place, name, attempt)
+
+
+def _try(place: str, name: str, attempt: Callable[[], Result]) -> Result:
+    began, reason = time.monotonic(), ""
+    for number in range(ATTEMPTS):
+        if number:
+            time.sleep(FIRST_WAIT_S * 2 ** (number - 1))
+        try:
+            return attempt()
         except _MayPass as error:
-            reason = str(error)
+            reason = " ".join(str(error).split())
     raise RuntimeError(
         f"{name} cannot be fetched from {place} ({reason}; {ATTEMPTS} attempts in {time.monotonic() - began:.0f} s): check that place, "
         "then start again"
@@ -98,11 +124,16 @@ def _answer(place: str, name: str) -> Iterator[BinaryIO]:
         with error:
             if error.code in PASSING:
                 raise _MayPass(f"the server answers {error.code} {error.reason}") from error
+            reason = " ".join(str(error.reason).split())
             raise RuntimeError(
-                f"{name} cannot be fetched from {place} (the server answers {error.code} {error.reason}): put the file there, or "
-                "correct the address"
+                f"{name} cannot be fetched from {place} (the server answers {error.code} {reason}): put the file there, or correct "
+                "the address"
             ) from error
-    except (OSError, http.client.HTTPException) as error:
+    except (
+        OSError,
+        ValueError,
+        http.client.HTTPException,
+    ) as error:  # ValueError: a redirect to an address that is none
         raise _MayPass(f"no answer: {getattr(error, 'reason', None) or error}") from error
     with answer:
         yield answer
@@ -129,16 +160,25 @@ def _command(place: str, name: str) -> Iterator["_Printed"]:
         assert process.stdout is not None
         try:
             yield _Printed(process.stdout)
-            status = process.wait(TIMEOUT_S)
-        except subprocess.TimeoutExpired as error:
-            raise _MayPass(f"the command has not ended {TIMEOUT_S:g} s after its last byte") from error
-        finally:
-            if process.poll() is None:
+            _wait_for_end(process.pid)
+        finally:  # what it started may go on when it has ended; until `wait` no other group can have its number
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+        status = process.wait()
         if status:
             errors.seek(0)
             said = errors.read()[-1000:].decode(errors="replace").strip().splitlines()
             raise _MayPass(f"the command ends with status {status}{f': {said[-1]}' if said else ''}")
+
+
+def _wait_for_end(pid: int) -> None:
+    """Leaves the process for `wait`."""
+    deadline, pause = time.monotonic() + TIMEOUT_S, 0.0005
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        if time.monotonic() > deadline:
+            raise _MayPass(f"the command has not ended {TIMEOUT_S:g} s after its last byte")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
 
 
 class _Printed:

@@ -11,6 +11,7 @@ Only local files are opened, by us: webdataset's own opener, which also runs `pi
 (data/remote.py fetches what lies elsewhere).
 """
 
+import hashlib
 import io
 import re
 import tarfile
@@ -34,7 +35,8 @@ TOKEN_FIELD = "npy"
 _NAME, _SIZE, _CHECKSUM, _TYPE = slice(0, 100), slice(124, 136), slice(148, 156), slice(156, 157)  # of a tar's header
 _OCTAL = re.compile(rb"[ \0]*[0-7]+[ \0]*")
 _NPY = re.compile(
-    rb"\x93NUMPY\x01\0..\{'descr': '([<|][iu][1248])', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.DOTALL
+    rb"\x93NUMPY\x01\0..\{'descr': '([<|][iu][1248])', 'fortran_order': False, 'shape': \((\d{1,15}),\), \} *\n",
+    re.DOTALL,
 )
 MAX_RUN_BYTES = 1 << 24  # read at once: the documents of a row, unless a foreign shard has pictures between them
 FIELDS = (TOKEN_FIELD, "txt", "text")  # the members that can be documents, the preferred one first
@@ -77,13 +79,28 @@ def write_sidecar(path: Path, records: np.ndarray) -> ShardInfo:
 def read_sidecar(folder: Path, info: ShardInfo) -> np.ndarray:
     """The records (SIDECAR_DTYPE) of one shard. Raises RuntimeError if they are not those that the index describes."""
     path = (folder / info.name).with_suffix(SIDECAR_SUFFIX)
-    if not path.is_file():
-        raise RuntimeError(f"the sidecar {path} of shard {info.name} is missing: restore it, or {rebuild_hint(folder)}")
-    if sha256_of(path) != info.sidecar_sha256:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise RuntimeError(
+            f"the sidecar {path} of shard {info.name} is missing: restore it, or {rebuild_hint(folder)}"
+        ) from None
+    except OSError as error:
+        raise RuntimeError(
+            f"the sidecar {path} cannot be read ({error.strerror}): restore it, or correct its permissions"
+        ) from error
+    if hashlib.sha256(content).hexdigest() != info.sidecar_sha256:
         raise RuntimeError(
             f"the sidecar {path} has not the checksum that the index records: restore it, or {rebuild_hint(folder)}"
         )
-    return np.fromfile(path, dtype=SIDECAR_DTYPE)
+    records = np.frombuffer(content, dtype=SIDECAR_DTYPE)
+    found = len(records), int(records["tokens"].sum(dtype=np.int64))
+    if found != (info.documents, info.tokens):
+        raise RuntimeError(
+            f"the sidecar {path} and the index must agree, but it has {found[0]} documents and {found[1]} tokens, and the index says "
+            f"{info.documents} and {info.tokens}: {rebuild_hint(folder)}"
+        )
+    return records
 
 
 def read_documents(
@@ -190,7 +207,10 @@ def iterate_members(path: Path, file: io.BufferedReader, *, field: str) -> Itera
     try:
         stream: Any = file  # webdataset takes a stream here, although it says TarFile
         for member in tar_file_iterator(stream, select_files=lambda name: field_of(name) == field):
-            yield Member(name=member["fname"], content=member["data"])
+            name = (
+                member["fname"].encode("utf-8", "backslashreplace").decode()
+            )  # for messages, which a console must print
+            yield Member(name=name, content=member["data"])
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         reason = str(error).partition(" @ ")[0]  # webdataset appends its file object
         raise damaged(path, position, f"reading the tar from there on fails ({reason})") from error
@@ -228,8 +248,14 @@ def decode_document(path: Path, member: Member, *, field: str, tokenizer: Tokeni
 def _array_of(content: bytes) -> np.ndarray:
     """What numpy's reader gives. Plain flat integers are taken apart here: numpy parses their header as Python, in tens of microseconds."""
     plain = _NPY.match(content)
-    if plain is None:
-        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    if plain is None or plain.end() != 10 + int.from_bytes(content[8:10], "little"):
+        try:
+            return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+        except (
+            Exception
+        ) as error:  # of hostile headers numpy's reader raises MemoryError, TokenError, RecursionError, ...
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{type(error).__name__}: {reason[:100]}") from error
     return np.frombuffer(content, dtype=plain[1].decode(), count=int(plain[2]), offset=plain.end())
 
 

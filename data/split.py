@@ -1,6 +1,6 @@
 """What the `data` section names, opened: the sources of the training rows, and the held-out shards. Fetches what opening needs.
 
-Of a remote set the index, the tokenizer and every sidecar come first (24 bytes a document); the tars come when they are read
+Of a remote set the index, the tokenizer and every sidecar come first (16 bytes a document); the tars come when they are read
 (data/cache.py). They lie in a folder of data.cache that is named by address and index, so a set that changes gets another folder and a
 run that still uses the old one keeps it. Adopting (data/adopt.py) needs a local folder: a remote one must have its index. Called by
 train/.
@@ -11,9 +11,9 @@ import json
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from data.cache import GB, ShardCache
 from data.config import DataConfig, is_remote
 from data.damage import check_limit
 from data.files import exclusive, sha256_of, write_whole
-from data.index import INDEX_FILE, ShardIndex, check_tokenizer, open_index
-from data.remote import fetch
+from data.index import INDEX_FILE, ShardIndex, check_tokenizer, open_index, parse_index, shards_of
+from data.remote import fetch_content
 from data.shards import SHARD_SUFFIX, SIDECAR_SUFFIX, ShardInfo
-from data.tokenizer import TOKENIZER_FILE
+from data.tokenizer import TOKENIZER_FILE, Tokenizer
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no folder, and nothing that a shell takes for its own
 FETCHERS = 8  # sidecars at once: they are small, so waiting is most of their time
@@ -134,52 +134,59 @@ def _open(place: str, config: DataConfig, *, tolerant: bool) -> ShardIndex:
     return open_index(folder, cache=ShardCache(root, limit, place))
 
 
-def _fetch_all_but_tars(place: str, root: Path) -> tuple[Path, list[ShardInfo]]:
+def _fetch_all_but_tars(place: str, root: Path) -> tuple[Path, tuple[ShardInfo, ...]]:
     """The folder in the cache that has all but the tars, and the shards. Whatever process comes first fetches, others wait."""
-    content = _content(place, INDEX_FILE)
-    shards = _shards_of(place, content)
+    content = fetch_content(place, INDEX_FILE, accept=_check_index)
+    index = parse_index(content)
+    shards = _safe_shards(place, index)
     name = "-".join(hashlib.sha256(part).hexdigest()[:16] for part in (place.encode(), content))
     folder = root / f"index-{name}"
     folder.mkdir(exist_ok=True)
     with exclusive(root / f".{folder.name}.lock"):
-        if not (folder / TOKENIZER_FILE).is_file():
-            write_whole(folder / TOKENIZER_FILE, _content(place, TOKENIZER_FILE))
+        _fetch_tokenizer(place, folder, index["tokenizer_id"])
         with ThreadPoolExecutor(FETCHERS) as pool:
             list(pool.map(lambda shard: _fetch_sidecar(place, folder, shard), shards))
-        if not (folder / INDEX_FILE).is_file():
+        if not (folder / INDEX_FILE).is_file() or (folder / INDEX_FILE).read_bytes() != content:
             write_whole(folder / INDEX_FILE, content)  # last: the folder is whole
     return folder, shards
+
+
+def _check_index(content: bytes) -> None:
+    try:
+        parse_index(content)
+    except ValueError as error:
+        raise ValueError(f"it {error}") from error
+
+
+def _fetch_tokenizer(place: str, folder: Path, tokenizer_id: str) -> None:
+    """The index has no checksum of the file, but the id is one of what it says."""
+
+    def check(content: bytes) -> None:
+        found = Tokenizer(content.decode(), name="it").tokenizer_id
+        if found != tokenizer_id:
+            raise ValueError(f"it is {found} and the index says {tokenizer_id}")
+
+    path = folder / TOKENIZER_FILE
+    with suppress(FileNotFoundError, ValueError):
+        check(path.read_bytes())
+        return
+    write_whole(path, fetch_content(place, TOKENIZER_FILE, accept=check))
 
 
 def _fetch_sidecar(place: str, folder: Path, shard: ShardInfo) -> None:
     path = (folder / shard.name).with_suffix(SIDECAR_SUFFIX)
     if path.is_file() and sha256_of(path) == shard.sidecar_sha256:
         return
-    write_whole(path, _content(place, path.name, sha256=shard.sidecar_sha256))
+    write_whole(path, fetch_content(place, path.name, sha256=shard.sidecar_sha256))
 
 
-def _content(place: str, name: str, *, sha256: str | None = None) -> bytes:
-    file = BytesIO()
-    fetch(place, name, file, sha256=sha256)
-    return file.getvalue()
-
-
-def _shards_of(place: str, content: bytes) -> list[ShardInfo]:
+def _safe_shards(place: str, index: dict[str, Any]) -> tuple[ShardInfo, ...]:
     """The shards that an index lists, with names that are safe as files here and in a command."""
-    try:
-        listed: list[dict[str, Any]] = json.loads(content)["shards"]
-        shards = [ShardInfo(**shard) for shard in listed]
-        safe = [PLAIN_NAME.fullmatch(shard.name) and shard.name.endswith(SHARD_SUFFIX) for shard in shards]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RuntimeError(f"{INDEX_FILE} of {place} cannot be read ({error!r}): put the whole index there") from error
-    if not all(safe) or not shards:
-        first = (
-            "no shards"
-            if not shards
-            else f"the shard {shards[safe.index(None) if None in safe else safe.index(False)].name!r}"
-        )
+    shards = shards_of(index)
+    unsafe = [s.name for s in shards if not (PLAIN_NAME.fullmatch(s.name) and s.name.endswith(SHARD_SUFFIX))]
+    if unsafe or not shards:
         raise RuntimeError(
-            f"{INDEX_FILE} of {place} must list tars whose names have letters, digits, _ . and - only, but it lists {first}: rename "
-            "them and write the index anew"
+            f"{INDEX_FILE} of {place} must list tars whose names have letters, digits, _ . and - only, but it lists "
+            f"{f'the shard {unsafe[0]!r}' if shards else 'no shards'}: rename them and write the index anew"
         )
     return shards

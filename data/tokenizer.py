@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_TOKEN = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
+MAX_IDS = 1 << 24  # tables have a place for each id; the largest vocabularies have 2^18
 MIN_VOCAB_SIZE = 257  # every byte, and the end token
 
 
@@ -32,10 +33,17 @@ class Tokenizer:
         """Reads a tokenizer.json. Raises ValueError, naming `name`, if it is not byte-level or has no end token."""
         try:
             content = json.loads(specification)
-            vocab: dict[str, int] = content["model"]["vocab"]
+            model = content["model"]
+            kind = model.get("type", "BPE" if "merges" in model else None)  # older files do not name it
+            if kind != "BPE":
+                raise ValueError(f"{name} must be a byte-level BPE, but its model is {kind}: use another tokenizer")
+            vocab: dict[str, int] = model["vocab"]
             added = {token["id"]: token for token in content["added_tokens"]}
             decoder = content["decoder"]["type"]
-        except (ValueError, KeyError, TypeError) as error:
+            ids = vocab | {token["content"]: token_id for token_id, token in added.items()}
+            _check_bpe(content, name)
+            _check_ids(ids, name)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{name} must be a Hugging Face tokenizer.json with a ByteLevel decoder, but reading it fails: "
                 f"{error!r}"
@@ -45,7 +53,6 @@ class Tokenizer:
                 f"{name} must have a ByteLevel decoder, so that each token's bytes are fixed, but its decoder is "
                 f"{decoder}"
             )
-        ids = vocab | {token["content"]: token_id for token_id, token in added.items()}
         if END_TOKEN not in ids:
             raise ValueError(
                 f"{name} must have the token {END_TOKEN}, which ends every document: add it to the tokenizer's special "
@@ -58,7 +65,9 @@ class Tokenizer:
         self.token_bytes_V = np.array(
             [len(self._text_of_id.get(token_id, b"")) for token_id in range(self.vocab_size)], dtype=np.int64
         )
-        self._merges = bool(content["model"].get("merges"))
+        self._merges = bool(model.get("merges"))
+        special = all(token["special"] for token in added.values())
+        self._is_table = not self._merges and special and content.get("normalizer") is None
         digest = hashlib.sha256(self._canonical.encode()).hexdigest()
         self.tokenizer_id = f"{'bpe' if self._merges else 'bytes'}-{self.vocab_size}-{digest[:16]}"
 
@@ -69,7 +78,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, without an end token. The end token's name inside a text is ordinary text."""
-        if not self._merges:  # one lookup per byte, 1,000 times the library's speed
+        if self._is_table:  # one lookup per byte, 1,000 times the library's speed
             return self._id_of_byte[np.frombuffer(text.encode(), dtype=np.uint8)]
         return np.array(self._library.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
 
@@ -88,6 +97,8 @@ class Tokenizer:
     @cached_property
     def _library(self) -> tokenizers.Tokenizer:
         library = tokenizers.Tokenizer.from_str(self._canonical)
+        library.no_truncation()  # a saved file may ask for both: each document would be cut, or filled up
+        library.no_padding()
         library.encode_special_tokens = True  # a text that spells the end token must not end its document
         return library
 
@@ -135,7 +146,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Reads a tokenizer.json. Raises ValueError if there is none, or none that this module can use."""
     if not path.is_file():
         raise ValueError(f"there is no tokenizer at {path}: put the tokenizer.json that goes with the shards there")
-    return Tokenizer(path.read_text(encoding="utf-8"), name=str(path))
+    try:
+        return Tokenizer(path.read_text(encoding="utf-8"), name=str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a tokenizer.json in UTF-8, but reading it fails: {error}") from error
+    except OSError as error:
+        raise RuntimeError(
+            f"the tokenizer {path} cannot be read ({error.strerror}): restore it, or correct its permissions"
+        ) from error
 
 
 def _finish(library: tokenizers.Tokenizer, *, use_regex: bool) -> Tokenizer:
@@ -149,6 +167,40 @@ def _byte_alphabet() -> list[str]:
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _check_bpe(content: dict[str, Any], name: str) -> None:
+    """Everything that the bytes of a text go through must keep them, and the same way each time."""
+    model = content["model"]
+    missing = [byte for byte, character in enumerate(_byte_alphabet()) if character not in model["vocab"]]
+    if missing:
+        raise ValueError(
+            f"{name} must have a token for each of the 256 bytes, so that no text is lost, but it has none for {len(missing)} of them "
+            f"(byte {missing[0]}, ...): use another tokenizer"
+        )
+    steps: dict[str, Any] = content.get("pre_tokenizer") or {"type": None}
+    kinds = [step["type"] for step in steps.get("pretokenizers", [steps])]
+    if "ByteLevel" not in kinds:
+        raise ValueError(
+            f"{name} must have a ByteLevel pre_tokenizer, so that each byte finds its token, but its pre_tokenizer is "
+            f"{' and '.join(map(str, kinds))}: use another tokenizer"
+        )
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(
+                f"the model of {name} must have no {key}, so that equal texts have equal tokens and each token its bytes, but {key} is "
+                f"{model[key]!r}: set it to null, or use another tokenizer"
+            )
+
+
+def _check_ids(ids: dict[str, int], name: str) -> None:
+    wrong = next(
+        (token for token, token_id in ids.items() if type(token_id) is not int or not 0 <= token_id < MAX_IDS), None
+    )
+    if wrong is not None:
+        raise ValueError(
+            f"the ids of {name} must be whole numbers from 0 to {MAX_IDS - 1}, but that of {wrong!r} is {ids[wrong]!r}: restore it"
+        )
 
 
 def _texts(vocab: dict[str, int], added: dict[int, dict[str, Any]], name: str) -> dict[int, bytes]:

@@ -26,7 +26,7 @@ from parallel.config import (
 from train.checkpoint_config import CheckpointConfig
 from train.config_errors import sections, validate
 from train.config_file import Tree, read_tree, yaml_text
-from train.differences import differences
+from train.differences import Difference, differences
 from train.match import solve_match
 from train.watch_config import WatchConfig
 
@@ -237,7 +237,8 @@ def to_yaml(config: Config) -> str:
 
 # What a resumed run may change. The first part says where the work is done and what is written beside it: the rows, the
 # mathematics and the schedule stay. Left out on purpose: run.dtype and optim.accumulation_steps change the arithmetic,
-# data.shards and data.streams the meaning of the saved position, eval.max_tokens what heldout_loss in metrics.jsonl is.
+# data.streams and the names and weights of data.shards the meaning of the saved position, eval.max_tokens what heldout_loss in
+# metrics.jsonl is. A place of shards may change (`_is_place`): train/resume.py compares their fingerprints.
 _MAY_CHANGE = (
     "parallel.",
     "run.dir",  # the folder was moved
@@ -256,6 +257,13 @@ _MAY_CHANGE = (
 )
 
 
+def _is_place(change: Difference) -> bool:
+    """Where shards lie, of one that was there before: data.shards, data.shards.NAME.shards or data.heldout."""
+    is_of_a_source = change.key.startswith("data.shards.") and change.key.endswith(".shards")
+    is_place = is_of_a_source or change.key in ("data.shards", "data.heldout")
+    return is_place and isinstance(change.old, str) and isinstance(change.new, str)
+
+
 def read_saved(values: dict[str, Any]) -> Config:
     """The config that a run was saved with. A field that is newer than the run has its default."""
     return validate(Config, Tree(values=values, file="the config saved with the run", overrides={}))
@@ -270,7 +278,8 @@ def check_resume(saved_values: dict[str, Any], config: Config) -> list[str]:
     saved = read_saved(saved_values)
     changes = differences(saved.model_dump(mode="json"), config.model_dump(mode="json"))
     longer = config.run.steps > saved.run.steps
-    refused = [c for c in changes if not (c.key.startswith(_MAY_CHANGE) or (c.key == "run.steps" and longer))]
+    allowed = [c.key.startswith(_MAY_CHANGE) or _is_place(c) or (c.key == "run.steps" and longer) for c in changes]
+    refused = [change for change, may in zip(changes, allowed, strict=True) if not may]
     if refused:
         grow = "; run.steps may only grow" if any(change.key == "run.steps" for change in refused) else ""
         raise ValueError(

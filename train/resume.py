@@ -6,10 +6,10 @@ Owns which state that is, and what may not have changed since. Does not own the 
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from data.difference import describe_changes, summarize
 from data.index import check_tokenizer
+from data.split import one_source
 from model.parameters import states_of
 from train import checkpoint
 from train.begin import begin_from
@@ -34,6 +34,8 @@ def save(job: Job, at: Progress) -> Progress:
             "tokenizer_id": job.data.train.tokenizer_id,
             "data_fingerprint": job.data.train.fingerprint,
             "data": summarize(job.data.train),
+            "heldout_fingerprint": job.data.heldout.fingerprint,
+            "heldout": summarize(one_source(job.data.heldout)),
             "watch": at.watch.saved(),
             "layout": {"processes": job.world.world_size, "ep_size": job.layout.ep_size},
             **saved_placement(job),
@@ -103,7 +105,10 @@ def _way_back(job: Job, done: Progress) -> Path:
 
 
 def _restore_from(job: Job, newest: Path) -> Progress:
-    restore_placement(job, on_every_rank(job.world, lambda: _check_same_run(job, newest)))
+    state = on_every_rank(job.world, lambda: checkpoint.read_state(newest))
+    for sentence in on_every_rank(job.world, lambda: _check_same_run(job, state, newest)):
+        job.reporter.say(sentence)
+    restore_placement(job, state.extra)
     # `latest` has just compared the checksums
     saved = checkpoint.load(newest, fragments=job.engine.fragments(), mesh=job.world, verify=False)
     watch = on_every_rank(job.world, lambda: WatchState.of(saved.extra.get("watch"), where=newest))
@@ -123,9 +128,8 @@ def _restore_states(job: Job, newest: Path) -> None:
         job.memory.restore(checkpoint.read_tensors(newest, names=job.memory.names()))
 
 
-def _check_same_run(job: Job, newest: Path) -> dict[str, Any]:
-    """The checkpoint's `extra`."""
-    saved = checkpoint.read_state(newest)
+def _check_same_run(job: Job, saved: checkpoint.TrainState, newest: Path) -> list[str]:
+    """Sentences for the log about what could not be compared."""
     check_resume(saved.config, job.config)  # config.yaml may be gone; the checkpoint's own config decides
     split = job.data.train
     check_tokenizer(split.sources[0].index, saved.extra["tokenizer_id"])
@@ -139,4 +143,24 @@ def _check_same_run(job: Job, newest: Path) -> dict[str, Any]:
             f"{saved.extra['data_fingerprint']} and is {split.fingerprint}): restore the shards, or choose another run.dir to "
             "start a new run"
         )
-    return saved.extra
+    return _check_same_heldout(job, saved, newest)
+
+
+def _check_same_heldout(job: Job, saved: checkpoint.TrainState, newest: Path) -> list[str]:
+    """A loss on other targets would not go on the curve."""
+    index, was = job.data.heldout, saved.extra.get("heldout_fingerprint")
+    old_place, place = saved.config["data"]["heldout"], job.config.data.heldout
+    if was is None and old_place == place:
+        return [f"{newest} is from before held-out shards were recorded: they were not compared"]
+    if was is None:
+        raise ValueError(
+            f"data.heldout may move only where the shards can be compared, but {newest} did not record them, and data.heldout was "
+            f"{old_place} and is {place}: give the old value, and the new one after the next checkpoint"
+        )
+    if was != index.fingerprint:
+        raise ValueError(
+            f"a run must keep the held-out shards it began with, but since {newest} those in {index.folder} changed: "
+            f"{describe_changes(saved.extra['heldout'], one_source(index))} (the fingerprint was {was} and is {index.fingerprint}): "
+            "restore the shards, or choose another run.dir to start a new run"
+        )
+    return []

@@ -12,7 +12,16 @@ from typing import Literal
 from data.loader import TrainBatches
 from model.parameters import count_parameters
 from parallel.config import ProcessInfo
-from train.build import build_memory, build_model, choose_kernels, exchange_notes, open_data, open_world, set_up_torch
+from train.build import (
+    build_memory,
+    build_model,
+    check_same_data,
+    choose_kernels,
+    exchange_notes,
+    open_data,
+    open_world,
+    set_up_torch,
+)
 from train.config import Config, check_world
 from train.crash import CrashFile, set_aside
 from train.engine import World
@@ -53,6 +62,7 @@ def run(config: Config, info: ProcessInfo, preemption: Preemption | None = None)
         ExitStack() as at_last,
         open_world(config, info, layout, device=device, crash=crash) as (world, build_engine),
     ):
+        check_same_data(world, data)  # before the network: its vocabulary is the shards'
         model = build_model(config, vocab_size=data.train.vocab_size)
         backends, kernel_notes = choose_kernels(config, layout, world)
         backends.apply(model)

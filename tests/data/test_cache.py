@@ -82,6 +82,34 @@ def test_the_limit_holds_at_every_moment(far):
         assert sum(path.stat().st_size for path in cache.folder.iterdir()) <= 2 * SIZE
 
 
+def test_room_is_counted_and_taken_under_one_lock(far, monkeypatch):
+    """Two processes that counted at the same time would both take the last room."""
+    cache = make_cache(far, shards=2)
+    moments = []
+
+    def locked(name: str) -> None:
+        moments.append(name)
+        with pytest.raises(BlockingIOError), (cache.folder / ".room.lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    count, take = ShardCache._make_room, os.truncate
+    monkeypatch.setattr(ShardCache, "_make_room", lambda self, needed: (locked("counted"), count(self, needed))[1])
+    monkeypatch.setattr(os, "truncate", lambda path, size: (locked("taken"), take(path, size))[1])
+    use(cache, far, 1)
+    assert moments == ["counted", "taken"]
+
+
+def test_what_was_never_finished_goes_before_any_shard(far):
+    cache = make_cache(far, shards=2)
+    use(cache, far, 1)
+    left = cache.folder / "9-0.partial"
+    left.write_bytes(bytes(SIZE))
+    os.utime(left, (time.time() + 100, time.time() + 100))  # the last of all by its time
+    use(cache, far, 2)
+    assert kept(far) == [1, 2]
+    assert not left.exists()
+
+
 def test_what_is_open_is_never_removed(far):
     cache = make_cache(far, shards=2)
     with cache.hold(info(far, 1)) as path:

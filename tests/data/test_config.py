@@ -64,6 +64,19 @@ def test_a_path_and_a_list_of_sources_read_back_equal():
     assert [s.shards for s in make_config().sources] == ["train"]
 
 
+ODD_ADDRESSES = [
+    "https://exämple.com/x",
+    "https://host/ä",
+    "https://host/a b",
+    "https://host:port/x",
+    "https://host:99999/x",
+    "https:///x",
+    "http://[::1/x",
+    "https://me:secret@host/x",
+    "https://host/x#part",
+]
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -82,6 +95,11 @@ def test_a_path_and_a_list_of_sources_read_back_equal():
         ),
         ({"shards": "pipe:cat x", "cache": "c", "allow_pipe": True}, ["must have {}", "pipe:cat x", "add {}"]),
         ({"shards": "s3://bucket/x", "cache": "c"}, ["s3://bucket/x", "pipe:COMMAND"]),
+        *(
+            ({"shards": place, "cache": "c"}, ["must be an address as https://host:port/folder", place, "%XX"])
+            for place in ODD_ADDRESSES
+        ),
+        ({"shards": [source("a", 1e308), source("b", 1e308), source("c", 1.0)]}, ["at least 1/1024", "the sum is inf"]),
         ({"cache": "c"}, ["data.cache is for remote shards", "is c", "remove data.cache"]),
     ],
 )
@@ -98,6 +116,8 @@ def test_sources_and_places_that_cannot_be_are_one_sentence(changes, parts):
         {"shards": "https://host/x", "cache": "c"},
         {"shards": "pipe:cat x/{}", "cache": "c", "allow_pipe": True},
         {"shards": [source("a", 1.0), source("b", 0.000978)]},
+        {"shards": "https://xn--exmple-cua.com:8080/%C3%A4/?key=a%2Fb&x=1", "cache": "c"},
+        {"shards": "http://[::1]:80/x", "cache": "c"},
         {"heldout": "http://host/x", "cache": "c", "cache_gb": 0.5},
         {"allow_pipe": True},
     ],

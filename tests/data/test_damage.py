@@ -5,6 +5,7 @@ import re
 import tarfile
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -227,3 +228,21 @@ def test_held_out_shards_are_never_passed_over(folder):
     tar_of(folder, 2).unlink()
     with pytest.raises(RuntimeError, match=r"train-000002\.tar is missing"):
         open_heldout(make_config(folder))
+
+
+@pytest.mark.parametrize("suffix", [".idx", ".tar"])
+def test_a_file_that_may_not_be_read_is_passed_over_like_a_missing_one(folder, random_shards, monkeypatch, suffix):
+    expected = rows_without(random_shards, whole(random_shards, 2), num_rows=160)
+    plain = Path.open
+
+    def read(path: Path, *arguments: Any, **options: Any):
+        if path.name == f"train-000002{suffix}":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", read)
+    assert take(20, make_config(folder)) == expected
+    with pytest.raises(
+        RuntimeError, match=rf"train-000002\{suffix} cannot be (read|opened) \(Permission denied\): restore"
+    ):
+        take(20, make_config(folder, max_skipped_shards=0))

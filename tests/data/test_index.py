@@ -3,11 +3,13 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data.index import INDEX_FILE, check_tokenizer, main, open_index, verify_shards
 from data.tokenizer import train_bpe
+from tests.data.index_by_hand import rewrite_index
 
 
 @pytest.fixture
@@ -82,6 +84,38 @@ def test_shards_that_do_not_match_their_index_are_named_when_the_folder_is_opene
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"bytes": None}, "must list names, checksums and counts, but it has .*'bytes': None"),
+        ({"tokens": -1}, "'tokens': -1"),
+        ({"name": 5}, "'name': 5"),
+        ({"name": "train-000001.tar"}, "lists train-000001.tar twice"),
+        ({"colour": 1}, "cannot be read"),
+    ],
+)
+def test_an_index_that_is_not_ours_is_a_sentence(folder, change, reason):
+    """Its own checksum is right: another program wrote it."""
+    rewrite_index(folder, change)
+    with pytest.raises(RuntimeError, match=f"index.json {reason}|index.json must list .*{reason}") as error:
+        open_index(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["index.json", "tokenizer.json"])
+def test_a_file_that_cannot_be_read_is_a_sentence(folder, monkeypatch, name):
+    """Rights stop no root user, so the system's answer is feigned."""
+
+    def read(path: Path, *arguments: Any, plain=Path.open, **options: Any):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", read)
+    with pytest.raises(RuntimeError, match=r"cannot be read \(.*Permission denied.*\): restore it, or correct its"):
+        open_index(folder)
+
+
 def test_an_index_with_edited_counts_is_refused(folder):
     content = json.loads((folder / INDEX_FILE).read_text())
     content["shards"][0]["tokens"] += 1
@@ -103,11 +137,11 @@ def test_sets_of_different_tokenizers_do_not_go_together(folder, write_shards, w
     check_tokenizer(index, open_index(folder))
     check_tokenizer(index, index.tokenizer_id)
     with pytest.raises(
-        ValueError, match=r"train and the shards in .*heldout must have the same tokenizer.*bytes-257-.*bytes-677-"
+        ValueError, match=r"train and the shards in .*heldout must have the same tokenizer.*bytes-257-.*bytes-933-"
     ):
         check_tokenizer(index, other)
     with pytest.raises(
-        ValueError, match=r"train and the checkpoint must have the same tokenizer.*bytes-257-.*bytes-677-"
+        ValueError, match=r"train and the checkpoint must have the same tokenizer.*bytes-257-.*bytes-933-"
     ):
         check_tokenizer(index, other.tokenizer_id)
 

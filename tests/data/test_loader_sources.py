@@ -1,16 +1,18 @@
 """Batches of several sources against a walk row by row: which rows, on which rank, from which position, how often each token."""
 
 from collections import Counter
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
+from data import loader
 from data.config import DataConfig
+from data.index import open_index
 from data.loader import Batch, train_batches
-from data.split import TrainSplit, open_train
+from data.split import Source, TrainSplit, open_train
 from tests.data.by_hand import fast_rows, mixed_rows
 
 SEED, LENGTH, STREAMS, ROWS = 3, 7, 4, 8
@@ -131,3 +133,20 @@ def test_one_open_split_serves_any_number_of_loaders(folders):
     layout = {"seed": SEED, "accumulation_steps": 1, "rank": 0, "num_ranks": 1, "position": 0}
     one, other = (train_batches(config, split, **layout) for _ in range(2))
     assert all(torch.equal(next(one).tokens_BS, next(other).tokens_BS) for _ in range(20))
+
+
+def test_ids_of_documents_beyond_int32_come_through_the_pipe(folders, monkeypatch):
+    """A first source of 2^31 documents, none of which can be read, moves the ids of the second."""
+    huge, other = (open_index(folder) for folder in folders[:2])
+    shard = replace(huge.shards[0], documents=1 << 31)
+    split = TrainSplit(
+        (Source("huge", 0.5, replace(huge, shards=(shard, *huge.shards[1:]))), Source("other", 0.5, other))
+    )
+    config = make_config(folders[:2], max_skipped_shards=5, num_workers=1)
+    monkeypatch.setattr(loader, "in_processes", lambda work, *, num_workers: work(0, 1))
+    batches = train_batches(config, split, seed=SEED, accumulation_steps=1, rank=0, num_ranks=1, position=0)
+    ids = torch.cat([next(batches).document_ids_BS for _ in range(20)])
+    first = (1 << 31) + sum(shard.documents for shard in huge.shards[1:])
+    found = set(ids[ids >= first].tolist())
+    assert found == set(range(first, first + other.num_documents))
+    assert ids.min() == -1

@@ -156,6 +156,53 @@ def test_other_arguments_for_a_finished_folder_say_what_differs(tmp_path, source
         run(source, tmp_path / "out", "--tokenizer", "bytes", "--seed", "4")
 
 
+@pytest.mark.parametrize("change", ["text", "size", "new file", "gone"])
+def test_a_source_file_that_changed_is_noticed(tmp_path, source, change):
+    run(source, tmp_path / "out")
+    path = source / "7.txt"
+    if change == "text":
+        path.write_text(path.read_text()[::-1])
+    elif change == "size":
+        path.write_text(path.read_text() + "more")
+    elif change == "new file":
+        (source / "new.txt").write_text("new")
+    else:
+        path.unlink()
+    with pytest.raises(ValueError, match=r"holds shards of other texts: the files of --source changed since"):
+        run(source, tmp_path / "out")
+
+
+def test_shards_of_a_source_that_is_gone_are_kept(tmp_path, source):
+    run(source, tmp_path / "out")
+    source.rename(tmp_path / "elsewhere")
+    assert "from a source that is gone): nothing to do" in run(source, tmp_path / "out")
+
+
+def test_shards_from_before_files_were_recorded_are_taken_as_they_are(tmp_path, source):
+    run(source, tmp_path / "out")
+    record = tmp_path / "out" / "prepare.json"
+    content = json.loads(record.read_text())
+    del content["files"]
+    record.write_text(json.dumps(content))
+    (source / "new.txt").write_text("new")
+    assert "nothing to do" in run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])
+def test_a_damaged_record_is_a_sentence(tmp_path, source, content):
+    run(source, tmp_path / "out")
+    (tmp_path / "out" / "prepare.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(RuntimeError, match=r"prepare\.json must say how the shards were made, but it cannot be read"):
+        run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", "x/.."])
+def test_an_out_without_a_name_is_a_sentence(source, monkeypatch, tmp_path, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--source", str(source), "--out", out, "--tokenizer", "bytes"]) == 1
+    assert f"--out must name a new folder, but it is {out}" in capsys.readouterr().err
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path, source):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")

@@ -3,136 +3,20 @@
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import astuple, dataclass, field
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
 
 from data import remote
-from data.config import DataConfig
 from data.loader import train_batches
 from data.order import shard_order
 from data.split import open_heldout, open_train
+from tests.data.http_server import SEED, Server, config_of, cut, fails_times, local_rows, room_for, rows, whole
+from tests.data.index_by_hand import rewrite_index
 
-SEED = 3
-
-
-@dataclass
-class Server:
-    """What a test tells the server to do, and what it was asked for."""
-
-    url: str = ""
-    faults: list[Callable[[SimpleHTTPRequestHandler, str], bool]] = field(default_factory=list)
-    asked: Counter[str] = field(default_factory=Counter)
-    queries: set[str] = field(default_factory=set)
-
-
-class Handler(SimpleHTTPRequestHandler):
-    def __init__(self, *arguments: object, server_state: Server, **options: object) -> None:
-        self.state = server_state
-        super().__init__(*arguments, **options)  # type: ignore[arg-type]
-
-    def do_GET(self) -> None:
-        name = self.path.rpartition("/")[2].partition("?")[0]
-        self.state.asked[name] += 1
-        self.state.queries.add(self.path.partition("?")[2])
-        if not any(fault(self, name) for fault in self.state.faults):
-            super().do_GET()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
-
-
-@pytest.fixture
-def folder(write_shards, random_shards) -> Path:
-    return write_shards(random_shards)
-
-
-@pytest.fixture
-def server(folder: Path) -> Iterator[Server]:
-    state = Server()
-    handler = partial(Handler, server_state=state, directory=str(folder.parent))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        state.url = f"http://127.0.0.1:{http.server_port}/train"
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield state
-        http.shutdown()
-        thread.join()
-
-
-def fails_times(name: str, times: int, answer: Callable[[SimpleHTTPRequestHandler], None]):
-    """A fault: the first requests for `name` get `answer`."""
-    left = [times]
-
-    def fault(handler: SimpleHTTPRequestHandler, asked: str) -> bool:
-        if asked != name or not left[0]:
-            return False
-        left[0] -= 1
-        answer(handler)
-        return True
-
-    return fault
-
-
-def cut(content: bytes) -> Callable[[SimpleHTTPRequestHandler], None]:
-    """Half of a file under the length of the whole: a connection that broke."""
-
-    def answer(handler: SimpleHTTPRequestHandler) -> None:
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        handler.wfile.write(content[: len(content) // 2])
-        handler.close_connection = True
-
-    return answer
-
-
-def whole(content: bytes) -> Callable[[SimpleHTTPRequestHandler], None]:
-    def answer(handler: SimpleHTTPRequestHandler) -> None:
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        handler.wfile.write(content)
-
-    return answer
-
-
-def room_for(shards: float, tmp_path: Path) -> float:
-    """data.cache_gb for so many shards of the largest size in tmp_path/train; if there is none, the default."""
-    sizes = [path.stat().st_size for path in (tmp_path / "train").glob("*.tar")]
-    return shards * max(sizes) / 1e9 if sizes else 100.0
-
-
-def config_of(place: object, tmp_path: Path, **changes: object) -> DataConfig:
-    values = {"sequence_length": 7, "global_batch_size": 8, "streams": 4, "heldout": "heldout"}
-    values |= {"shards": place, "cache": str(tmp_path / "cache"), "allow_pipe": True}
-    values["cache_gb"] = room_for(7, tmp_path)  # all of them, and too little for anything to be fetched ahead
-    return DataConfig.model_validate(values | changes)
-
-
-def rows(config: DataConfig, num: int = 20) -> list[list]:
-    batches = train_batches(
-        config, open_train(config), seed=SEED, accumulation_steps=1, rank=0, num_ranks=1, position=0
-    )
-    taken = islice(batches, num)
-    return [[v.tolist() if isinstance(v, torch.Tensor) else v for v in astuple(batch)[:6]] for batch in taken]
-
-
-def local_rows(folder: Path, tmp_path: Path) -> list[list]:
-    return rows(config_of(str(folder), tmp_path, cache=None))
+pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -304,8 +188,7 @@ def test_a_command_that_hangs_is_ended_with_what_it_started(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", ["../x.tar", "x;touch executed;.tar", ".hidden.tar", "x.txt", "a b.tar"])
 def test_names_in_a_foreign_index_are_never_paths_or_commands(folder, tmp_path, monkeypatch, name):
-    index = folder / "index.json"
-    index.write_text(index.read_text().replace("train-000002.tar", name))
+    rewrite_index(folder, {"name": name})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RuntimeError, match=r"must list tars whose names have letters, digits.* but it lists the shard"):
         open_train(config_of(f"pipe:cat {folder}/{{}}", tmp_path))
@@ -315,7 +198,7 @@ def test_names_in_a_foreign_index_are_never_paths_or_commands(folder, tmp_path, 
 def test_an_index_that_was_altered_is_refused(folder, server, tmp_path):
     index = folder / "index.json"
     index.write_text(index.read_text().replace('"tokens": ', '"tokens": 1', 1))
-    with pytest.raises(RuntimeError, match=r"index\.json was altered since it was written"):
+    with pytest.raises(RuntimeError, match=r"index\.json cannot be fetched .*\(it was altered since it was written"):
         open_train(config_of(server.url, tmp_path))
 
 

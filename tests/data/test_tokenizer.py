@@ -84,6 +84,18 @@ def test_more_ids_than_the_text_can_fill_are_refused():
             lambda content: (content["model"]["vocab"].pop(END_TOKEN), content["added_tokens"].clear()),
             "must have the token",
         ),
+        (lambda content: content["model"].update(type="Unigram", vocab=[["a", -1.0]]), "its model is Unigram"),
+        (lambda content: content["model"].update(type="WordLevel"), "its model is WordLevel"),
+        (
+            lambda content: content["model"]["vocab"].pop("h"),
+            r"each of the 256 bytes, .* none for 1 of them \(byte 104,",
+        ),
+        (lambda content: content.update(pre_tokenizer={"type": "Whitespace"}), "its pre_tokenizer is Whitespace"),
+        (lambda content: content.update(pre_tokenizer=None), "its pre_tokenizer is None"),
+        (lambda content: content["model"].update(dropout=0.1), r"no dropout, .* dropout is 0\.1"),
+        (lambda content: content["model"].update(end_of_word_suffix="</w>"), "no end_of_word_suffix"),
+        (lambda content: content["model"]["vocab"].update(ab="q"), "ids of .* but that of 'ab' is 'q'"),
+        (lambda content: content["model"]["vocab"].update(ab=10**12), "but that of 'ab' is 1000000000000"),
     ],
 )
 def test_a_tokenizer_whose_bytes_or_end_are_unknown_is_refused(change, reason):
@@ -91,6 +103,44 @@ def test_a_tokenizer_whose_bytes_or_end_are_unknown_is_refused(change, reason):
     change(content)
     with pytest.raises(ValueError, match=reason):
         Tokenizer(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"truncation": {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}},
+        {
+            "padding": {
+                "strategy": {"Fixed": 2048},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": END_TOKEN,
+            }
+        },
+    ],
+    ids=["truncation", "padding"],
+)
+def test_a_file_that_asks_for_cut_or_filled_documents_is_used_without(asked):
+    plain = train_bpe(TEXTS, vocab_size=300)
+    other = Tokenizer(json.dumps(json.loads(plain.to_bytes()) | asked))
+    text = " ".join(TEXTS) * 20
+    assert other.encode(text).tolist() == plain.encode(text).tolist()
+    assert other.decode(other.encode(text)) == text.encode()
+
+
+def test_a_normalizer_is_used_whether_there_are_merges_or_not():
+    lower = {"normalizer": {"type": "Lowercase"}}
+    for plain in (bytes_tokenizer(), train_bpe(TEXTS, vocab_size=300)):
+        other = Tokenizer(json.dumps(json.loads(plain.to_bytes()) | lower))
+        assert other.decode(other.encode("ABC déÉ")) == "abc déé".encode()
+
+
+def test_a_file_that_is_not_utf_8_is_a_sentence(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"tokenizer\.json must be a tokenizer\.json in UTF-8"):
+        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):

@@ -28,6 +28,8 @@ def saved(*overrides: str) -> dict[str, Any]:
         "parallel.ep_size=1",
         "parallel.zero_stage=2",
         "parallel.node_size=1",
+        "data.shards=other",
+        "data.heldout=other",
         "data.num_workers=2",
         "data.max_skipped_shards=2",
         "data.allow_pipe=true",
@@ -57,8 +59,6 @@ def test_resume_may_change_layout_and_bookkeeping_and_says_so(override: str) -> 
     [
         "run.seed=2",
         "run.dtype=bfloat16",
-        "data.shards=other",
-        "data.heldout=other",
         "data.sequence_length=128",
         "data.global_batch_size=32",
         "data.streams=8",
@@ -121,6 +121,11 @@ def mixture(**weights: float) -> str:
             ["data.shards (order) was ['web', 'code'] and is ['code', 'web']"],
         ),
         ("data.shards=web", mixture(web=1.0), ["data.shards was web and is"]),
+        (
+            mixture(web=0.7),
+            "data.shards=[{name: code, shards: web, weight: 0.7}]",
+            ["data.shards.code was None", "data.shards.web was {"],
+        ),
     ],
 )
 def test_resume_refuses_other_sources_and_weights_with_both_values(
@@ -131,6 +136,14 @@ def test_resume_refuses_other_sources_and_weights_with_both_values(
         check_resume(saved(before), load_config(TINY, [after]))
     for sentence in sentences:
         assert sentence in str(caught.value)
+
+
+def test_the_place_of_a_source_may_change() -> None:
+    moved = "data.shards=[{name: web.shards, shards: /moved, weight: 0.7}]"
+    changes = check_resume(
+        saved("data.shards=[{name: web.shards, shards: /old, weight: 0.7}]"), load_config(TINY, [moved])
+    )
+    assert changes == ["data.shards.web.shards.shards was /old and is /moved"]
 
 
 def test_another_node_may_have_another_cache() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import pytest
 from data.loader import TrainBatches
 from tests.train.tiny_job import ALONE, records, tiny_config, write_shards
 from train import checkpoint
+from train import run as run_module
+from train.engine import LocalMesh
 from train.evaluate import main as evaluate_main
 from train.run import run, share_damaged
 
@@ -101,6 +104,73 @@ def test_a_checkpoint_from_before_shards_were_listed_is_still_compared(folder: P
     write_shards(folder / "shards", seed=3)
     with pytest.raises(ValueError, match=r"must go on with the shards it began with.* fingerprint"):
         run(tiny_config(folder, run={"steps": 5}), ALONE)
+
+
+def test_moved_shards_are_gone_on_with_and_the_console_tells_from_where_to_where(folder, capsys):
+    run(tiny_config(folder), ALONE)
+    (folder / "shards").rename(folder / "moved")
+    places = {"shards": str(folder / "moved" / "train"), "heldout": str(folder / "moved" / "heldout")}
+    capsys.readouterr()
+    run(tiny_config(folder, data=places, run={"steps": 4}), ALONE)
+    said = " ".join(capsys.readouterr().out.split())
+    for split in ("shards", "heldout"):
+        old = folder / "shards" / ("train" if split == "shards" else split)
+        assert f"data.{split} was {old} and is {places[split]}" in said
+    assert "resumed from" in said
+
+
+def test_other_shards_in_another_place_are_refused(folder):
+    run(tiny_config(folder), ALONE)
+    with pytest.raises(ValueError, match=r"must go on with the shards it began with.*/more/train changed"):
+        run(tiny_config(folder, data={"shards": str(folder / "more" / "train")}, run={"steps": 4}), ALONE)
+
+
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_held_out_shards_that_changed_are_named_on_resume(folder, is_moved):
+    run(tiny_config(folder), ALONE)
+    other = folder / "more" / "heldout"
+    if not is_moved:
+        shutil.rmtree(folder / "shards" / "heldout")
+        other = other.rename(folder / "shards" / "heldout")
+    with pytest.raises(
+        ValueError, match=r"must keep the held-out shards it began with.* 8 altered: heldout-000000\.tar"
+    ):
+        run(tiny_config(folder, data={"heldout": str(other)}, run={"steps": 4}), ALONE)
+
+
+def test_a_checkpoint_without_held_out_shards_is_gone_on_with_and_the_console_tells(folder, monkeypatch, capsys):
+    read_state = checkpoint.read_state
+
+    def old_state(path: Path) -> checkpoint.TrainState:
+        state = read_state(path)
+        del state.extra["heldout"], state.extra["heldout_fingerprint"]
+        return state
+
+    run(tiny_config(folder), ALONE)
+    monkeypatch.setattr(checkpoint, "read_state", old_state)
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"data\.heldout may move only where the shards can be compared"):
+        run(tiny_config(folder, data={"heldout": str(folder / "more" / "heldout")}, run={"steps": 4}), ALONE)
+    run(tiny_config(folder, run={"steps": 4}), ALONE)
+    assert "from before held-out shards were recorded" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("part", "key"), [(0, r"data\.shards"), (1, r"data\.heldout")])
+def test_ranks_that_opened_different_shards_are_told_before_the_network_is_built(folder, monkeypatch, part, key):
+    """One process whose mesh says what three would."""
+
+    def gather(mesh: LocalMesh, value: list[str]) -> list[list[str]]:
+        other = list(value)
+        other[part] = "different"
+        return [value, value, other]
+
+    monkeypatch.setattr(LocalMesh, "all_gather_object", gather)
+    monkeypatch.setattr(run_module, "build_model", lambda *_, **__: pytest.fail("the network was built"))
+    with pytest.raises(
+        RuntimeError,
+        match=rf"{key} must hold the same .* fingerprint of rank 2 is different and that of rank 0 is \w{{64}}",
+    ):
+        run(tiny_config(folder), ALONE)
 
 
 def test_a_run_on_fetched_shards_is_scored_on_them_and_on_local_ones(folder: Path, capsys: pytest.CaptureFixture[str]):
