@@ -106,7 +106,7 @@ class FolderMeeting:
                     file.write(json.dumps(value))
                 self._decided = True
         deadline = time.monotonic() + patience_s
-        while time.monotonic() < deadline or value is not None:
+        while time.monotonic() < deadline:
             if path.name in _listed(self.folder):
                 with contextlib.suppress(ValueError):  # it is being written
                     return json.loads(path.read_text(encoding="utf-8"))
