@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 
-from data.prepare import main as prepare
+from data.tokenizer import bytes_tokenizer
+from data.writer import ShardSetWriter
 from launcher.preflight import main
 from parallel.bandwidth import Link, Rate
 
@@ -35,9 +37,12 @@ Ended = tuple[int, str, str]  # exit code, stdout, stderr
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("preflight") / "shards"
-    source = str(ROOT / "launcher")
-    prepare(["--source", source, "--out", str(out), "--tokenizer", "bytes", "--workers", "1"])
+    out = tmp_path_factory.mktemp("preflight")
+    for name in ("train", "heldout"):
+        writer = ShardSetWriter(out / name, tokenizer=(tokenizer := bytes_tokenizer()), shard_tokens=10**9)
+        writer.add(np.array([1, 2, 3, 0], dtype=tokenizer.dtype), num_bytes=3)
+        writer.end_shard()
+        writer.close()
     return out
 
 
@@ -100,7 +105,7 @@ def attend(nodes: list[list[str] | None], port: int, measure: Callable[[Link], R
     with contextlib.ExitStack() as patches:
         if measure is not None:
             patches.enter_context(mock.patch("parallel.bandwidth.measure", measure))
-            patches.enter_context(mock.patch("parallel.bandwidth.open_store", lambda *_, **__: "a store"))
+            patches.enter_context(mock.patch("parallel.bandwidth.open_store", return_value="a store"))
         return in_this_process(argv, srun(rank, len(nodes), port=port))
 
 
