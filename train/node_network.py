@@ -33,7 +33,7 @@ def judge_network(rates: Mapping[Pair, Rate], *, names: Sequence[str], min_netwo
     """Bad is a node that no neighbour reaches at half of the usual rate, or at `min_network_gb` GB/s.
 
     Usual is the median over the nodes of their better neighbour's figure. The median of the pairs would not do: one bad node of three
-    makes two of three pairs slow. Two nodes have one figure, to which only the limit applies. A pair that fails between nodes whose other
+    makes two of three pairs slow. Two nodes share one figure, so that only the limit can be missed. A pair that fails between nodes whose other
     neighbours reach them is the problem of its higher rank: one of the two has to go.
     """
     problems: list[Problem] = []
@@ -41,7 +41,7 @@ def judge_network(rates: Mapping[Pair, Rate], *, names: Sequence[str], min_netwo
         figures = {pair: getattr(rate, verb) or 0.0 for pair, rate in rates.items()}
         best = {rank: max(gb for pair, gb in figures.items() if rank in pair) for rank in sorted(set().union(*rates))}
         usual = statistics.median(best.values())
-        least = LEAST_SHARE * usual if len(best) > 2 else 0.0
+        least = LEAST_SHARE * usual
         limit, source = least, f"half of the {usual:.3g} GB/s that is usual here"
         if min_network_gb is not None and min_network_gb > least:
             limit, source = min_network_gb, "--min-network-gb"
@@ -64,7 +64,7 @@ def _failed_pairs(rates: Mapping[Pair, Rate], names: Sequence[str]) -> list[Prob
     problems: list[Problem] = []
     for pair in failed:
         lost = [rank for rank in pair if rank not in well]
-        # Where one end reaches nobody it is that one. Where all fail, nothing can be told of any.
+        # Where one end reaches nobody it is that one. Where all pairs fail it is every node, which conclude() takes for nobody's fault.
         for rank in lost or [max(pair)]:
             problems.append(
                 Problem(
@@ -72,7 +72,6 @@ def _failed_pairs(rates: Mapping[Pair, Rate], names: Sequence[str]) -> list[Prob
                     CHECK,
                     f"a pair of neighbours must be measured, but between {names[pair[0]]} and {names[pair[1]]} {rates[pair].problem}: look "
                     "at their network (NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME may name the wrong card)",
-                    everywhere=not well,
                 )
             )
     return problems
