@@ -33,8 +33,8 @@ def judge_network(rates: Mapping[Pair, Rate], *, names: Sequence[str], min_netwo
     """Bad is a node that no neighbour reaches at half of the usual rate, or at `min_network_gb` GB/s.
 
     Usual is the median over the nodes of their better neighbour's figure. The median of the pairs would not do: one bad node of three
-    makes two of three pairs slow. Two nodes share one figure, so that only the limit can be missed. A pair that fails between nodes whose other
-    neighbours reach them is the problem of its higher rank: one of the two has to go.
+    makes two of three pairs slow. Two nodes share one figure, so that only the limit can be missed. A pair that fails between nodes whose
+    other neighbours reach them is the problem of its higher rank: one of the two has to go.
     """
     problems: list[Problem] = []
     for verb, label in VERBS.items():

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -26,18 +27,20 @@ def test_a_missing_folder_and_a_missing_shard_are_named(write_shards: Callable[.
     assert look_at(str(folder), tolerant=True)
 
 
-def test_a_shard_that_cannot_be_opened_is_named(write_shards: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
-    """Permissions do not bind root, so the refusal is played."""
+def test_a_shard_that_cannot_be_read_is_named(write_shards: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    """A disk that fails is played: permissions do not bind root."""
     folder = write_shards([[[1, 2]]])
     true_open = Path.open
 
     def refuse(path: Path, *arguments, **options):
         if path.suffix == ".tar":
-            raise PermissionError(13, "Permission denied")
+            file = mock.mock_open()()
+            file.read.side_effect = OSError(5, "Input/output error")
+            return file
         return true_open(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(RuntimeError, match=r"\.tar must be readable, but it is not \(Permission denied\)"):
+    with pytest.raises(RuntimeError, match=r"\.tar must be readable, but it is not \(Input/output error\)"):
         look_at(str(folder))
 
 
