@@ -29,6 +29,7 @@ from data.shards import SHARD_SUFFIX, SIDECAR_SUFFIX, ShardInfo
 from data.tokenizer import TOKENIZER_FILE, Tokenizer
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no folder, and nothing that a shell takes for its own
+LOOKED_AT = 3  # shards, evenly over the set: one disk or server of several may be missing
 FETCHERS = 8  # sidecars at once: they are small, so waiting is most of their time
 
 
@@ -110,6 +111,30 @@ def open_train(config: DataConfig) -> TrainSplit:
 def open_heldout(config: DataConfig) -> ShardIndex:
     """Opens `data.heldout`; damage there is always an error, because the loss of other targets cannot be compared."""
     return _open(config.heldout, config, tolerant=False)
+
+
+def look_at(place: str, *, tolerant: bool = False) -> str:
+    """Whether the shards of `place` can be read here, without reading them: the index, and of a folder the first bytes of some shards.
+
+    Returns what is equal for equal shards. Of a remote set only the index is fetched, and nothing is kept. tolerant: as for `open_index`.
+    Raises ValueError or RuntimeError as opening it would.
+    """
+    if is_remote(place):
+        content = _content(place, INDEX_FILE)
+        _shards_of(place, content)
+        return hashlib.sha256(content).hexdigest()
+    index = open_index(place, tolerant=tolerant)
+    whole = [shard for shard in index.shards if str(index.folder / shard.name) not in index.damaged]
+    for shard in whole[:: max(1, len(whole) // LOOKED_AT)]:
+        path = index.folder / shard.name
+        try:
+            with path.open("rb") as file:
+                file.read(1)
+        except OSError as error:
+            raise RuntimeError(
+                f"the shard {path} must be readable, but it is not ({error.strerror or error}): let this user read it"
+            ) from error
+    return index.fingerprint
 
 
 def _open(place: str, config: DataConfig, *, tolerant: bool) -> ShardIndex:

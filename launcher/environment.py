@@ -2,14 +2,16 @@
 the like.
 
 Owns the mapping of each starter's variables to a ProcessInfo, the choice of the device before DeepSpeed is imported,
-and the check that the packages come from this clone. Joins no group and starts nothing. Called by launcher/main.py.
+and the check that the packages come from this clone. Joins no group and starts nothing. Called by launcher/main.py and
+launcher/preflight.py.
 """
 
 import importlib.util
 import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -59,6 +61,7 @@ def read_environment(environ: Mapping[str, str]) -> ProcessInfo:
             master_addr="127.0.0.1",
             master_port=0,
             launcher="python",
+            **_job(environ),
         )
     for ours, theirs in zip(_VARIABLES["torchrun"][1:3], _VARIABLES[below][1:3], strict=True):
         if ours in explicit and environ[ours] != environ.get(theirs):
@@ -85,6 +88,16 @@ def choose_device(setting: Literal["auto", "cpu", "cuda"], environ: Mapping[str,
     if setting == "cuda" and not cuda.is_available():
         raise ValueError("run.device is cuda, but torch sees no GPU: set run.device to auto or cpu")
     return setting
+
+
+def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...] | None:
+    """Indices or UUIDs of the GPUs that this process may use; None: all that the machine has."""
+    if "CUDA_VISIBLE_DEVICES" not in environ:
+        return None
+    given = [name.strip() for name in environ["CUDA_VISIBLE_DEVICES"].split(",")]
+    # CUDA takes the list as ended at the first entry that names no device: -1, NoDevFiles (SLURM's word for none), nothing.
+    ended = [name.isdecimal() or name.startswith(("GPU-", "MIG-")) for name in given]
+    return tuple(given[: ended.index(False)] if False in ended else given)
 
 
 def check_imports(root: Path) -> None:
@@ -139,11 +152,31 @@ def _process(environ: Mapping[str, str], starter: str) -> ProcessInfo:
             master_addr=address,
             master_port=port,
             launcher=starter,
+            **_job(environ),
+            **(_step(environ) if starter == "srun" else {}),
         )
     except ValidationError as error:
         given = ", ".join(f"{name}={environ[name]}" for name in names)
         reason = "; ".join(found["msg"].removeprefix("Value error, ") for found in error.errors())
         raise ValueError(f"the environment contradicts itself ({given}): {reason}") from None
+
+
+def _job(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The machine's name, and what SLURM says of the job wherever in it this process was started."""
+    found: dict[str, Any] = {
+        "node": environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "job": environ.get("SLURM_JOB_ID", ""),
+    }
+    # SLURM sets it from the second run on only.
+    for field, name in (("restarts", "SLURM_RESTART_COUNT"), ("gpus", "SLURM_GPUS_ON_NODE")):
+        if name in environ:
+            found[field] = _number(environ, name)
+    return found
+
+
+def _step(environ: Mapping[str, str]) -> dict[str, Any]:
+    nodes = _hosts(environ.get("SLURM_STEP_NODELIST", ""))
+    return {"step": environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", "")), "nodes": nodes}
 
 
 def _refuse_contradiction(environ: Mapping[str, str], *, starter: str, below: str) -> None:
@@ -161,7 +194,7 @@ def _meeting_point(environ: Mapping[str, str], starter: str, *, on_one_machine: 
     address = environ.get("MASTER_ADDR")
     port = _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else None
     if starter == "srun":
-        address = address or _first_host(environ.get("SLURM_STEP_NODELIST", ""))
+        address = address or next(iter(_hosts(environ.get("SLURM_STEP_NODELIST", ""))), None)
         # From the job, so that two jobs on one node do not meet; below 32768, where Linux gives ports to others.
         job = environ.get("SLURM_JOB_ID", "0")
         port = port if port is not None else 20000 + (int(job) if job.isdecimal() else 0) % 10000
@@ -192,10 +225,24 @@ def _tasks_on_this_node(environ: Mapping[str, str]) -> int:
     return counts[node]
 
 
-def _first_host(nodelist: str) -> str:
-    """First name of SLURM's list: node[03-04,07],gpu1 -> node03."""
-    match = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0] if match else "")
+def _hosts(nodelist: str) -> tuple[str, ...]:
+    """The names in SLURM's list: gpu-[03-04,07],big1 -> gpu-03, gpu-04, gpu-07, big1. Several brackets of a name multiply."""
+    names: list[str] = []
+    for entry in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
+        heads = [""]
+        for text, numbers in re.findall(r"([^\[]+)|\[([^\]]*)\]", entry):
+            heads = [head + tail for head in heads for tail in ([text] if text else _numbers(numbers))]
+        names += heads
+    return tuple(names)
+
+
+def _numbers(ranges: str) -> list[str]:
+    """03-05,9 -> 03, 04, 05, 9."""
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        numbers += [f"{n:0{len(first)}d}" for n in range(int(first), int(last or first) + 1)]
+    return numbers
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

@@ -65,13 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 preemption.ignore()
                 return EXIT_CODE
     except (ValueError, RuntimeError, OSError) as error:
-        if not _is_sentence(error):
+        if not is_sentence(error):
             traceback.print_exception(error)
-        _report(str(error), rank)
+        report(str(error), rank)
         return 2 if isinstance(error, ValueError) else 1
     except ModuleNotFoundError as error:
         traceback.print_exception(error)
-        _report(f"{error}: start with .venv/bin/python, which make sets up, or install requirements.lock", rank)
+        report(f"{error}: start with .venv/bin/python, which make sets up, or install requirements.lock", rank)
         return 1
     return 0
 
@@ -139,11 +139,11 @@ def _name(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
-def _is_sentence(error: Exception) -> bool:
+def is_sentence(error: Exception) -> bool:
     """True for an error that our own code raised: written for the user. Any other is a bug and shows where it was."""
     frames = traceback.extract_tb(error.__traceback__)
     if frames[-1].name == "raise_together" and isinstance(error.__cause__, Exception):
-        return _is_sentence(error.__cause__)  # what failed on this rank and was told to all
+        return is_sentence(error.__cause__)  # what failed on this rank and was told to all
     raised = Path(frames[-1].filename)
     return raised.is_relative_to(ROOT) and not raised.is_relative_to(ROOT / ".venv")
 
@@ -154,7 +154,7 @@ def _say(sentence: str, rank: int) -> None:
         print(f"# {sentence}", flush=True)
 
 
-def _report(sentence: str, rank: int) -> None:
+def report(sentence: str, rank: int) -> None:
     """On every rank, because the launcher kills the others as soon as one has ended."""
     print(f"error{f' (rank {rank})' if rank else ''}: {sentence}", file=sys.stderr, flush=True)
 

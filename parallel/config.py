@@ -84,7 +84,8 @@ class ProcessInfo(BaseModel):
     """Where this process stands among all processes of the job, whoever started them.
 
     `launcher` names what started it ("torchrun", "deepspeed", "python", ...). `master_port` 0 (one process only) means
-    any free port.
+    any free port. The rest may be unknown: `node` is this machine's name; under SLURM `job` and `step` are its ids, `restarts` says how
+    often the job was requeued, `nodes` are the step's machines in the order of their ranks, and `gpus` is what was promised on this one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,6 +97,12 @@ class ProcessInfo(BaseModel):
     master_addr: str
     master_port: Annotated[int, Field(ge=0, le=65535)]
     launcher: str
+    node: str = ""
+    job: str = ""
+    step: str = ""
+    restarts: Annotated[int, Field(ge=0)] = 0
+    nodes: tuple[str, ...] = ()
+    gpus: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:

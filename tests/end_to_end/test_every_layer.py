@@ -87,7 +87,7 @@ def run_on_this_rank(path: str) -> None:
     from train.run import run
 
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    place = {"rank": rank, "world_size": size, "local_rank": rank, "local_world_size": size}
+    place: dict[str, Any] = {"rank": rank, "world_size": size, "local_rank": rank, "local_world_size": size}
     run(load_config(path), ProcessInfo(**place, master_addr="", master_port=0, launcher="pool"))
 
 

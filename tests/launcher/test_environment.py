@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.environment import check_imports, choose_device, read_environment
+from launcher.environment import check_imports, choose_device, read_environment, visible_gpus
 
 MASTER = {"MASTER_ADDR": "node7", "MASTER_PORT": "1234"}
 TORCHRUN = {
@@ -82,6 +82,49 @@ def test_each_starter_is_understood(
     assert (info.rank, info.world_size, info.local_rank, info.local_world_size) == place
     assert (info.master_addr, info.master_port) == meeting
     assert info.launcher == launcher
+
+
+def test_a_job_of_slurm_has_its_ids_and_the_names_of_its_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = read_environment({**SRUN, "SLURMD_NODENAME": "gpu-07", "SLURM_GPUS_ON_NODE": "8"})
+    assert (info.job, info.step, info.restarts, info.node, info.gpus) == ("77", "0", 0, "gpu-07", 8)
+    assert info.nodes == ("gpu-03", "gpu-04", "gpu-07", "big1")
+    assert read_environment({**SRUN, "SLURM_RESTART_COUNT": "2"}).restarts == 2
+    # in the batch script itself, which is no step
+    info = read_environment({**SBATCH, "SLURM_RESTART_COUNT": "1"})
+    assert (info.job, info.step, info.restarts, info.nodes) == ("77", "", 1, ())
+    monkeypatch.setattr("socket.gethostname", lambda: "laptop")
+    info = read_environment({})
+    assert (info.job, info.step, info.restarts, info.node, info.nodes, info.gpus) == ("", "", 0, "laptop", (), None)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "names"),
+    [
+        ("n1", ["n1"]),
+        ("n[1-3]", ["n1", "n2", "n3"]),
+        ("n[098-101]", ["n098", "n099", "n100", "n101"]),
+        ("a[1,3-4]x,b-c,d[07]", ["a1x", "a3x", "a4x", "b-c", "d07"]),
+        ("r[1-2]n[8-9]", ["r1n8", "r1n9", "r2n8", "r2n9"]),
+        ("", []),
+    ],
+)
+def test_the_list_of_nodes_is_spelled_out(nodelist: str, names: list[str]) -> None:
+    assert read_environment({**SRUN, "SLURM_STEP_NODELIST": nodelist, **MASTER}).nodes == tuple(names)
+
+
+@pytest.mark.parametrize(
+    ("setting", "gpus"),
+    [
+        (None, None),
+        ("0,2", ("0", "2")),
+        ("GPU-ab, MIG-cd", ("GPU-ab", "MIG-cd")),
+        ("", ()),
+        ("NoDevFiles", ()),
+        ("1,-1,2", ("1",)),
+    ],
+)
+def test_visible_gpus_end_where_cuda_ends_them(setting: str | None, gpus: tuple[str, ...] | None) -> None:
+    assert visible_gpus({} if setting is None else {"CUDA_VISIBLE_DEVICES": setting}) == gpus
 
 
 def without(environ: dict[str, str], *names: str) -> dict[str, str]:

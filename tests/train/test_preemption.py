@@ -46,7 +46,12 @@ def run_and_signal(config: Config, at: dict[int, tuple[int, int]], processes: in
     rank = int(os.environ.get("RANK", "0")) if processes == 1 else step.torch.distributed.get_rank()
     info = ALONE
     if processes > 1:
-        place = {"rank": rank, "world_size": processes, "local_rank": rank, "local_world_size": processes}
+        place: dict[str, Any] = {
+            "rank": rank,
+            "world_size": processes,
+            "local_rank": rank,
+            "local_world_size": processes,
+        }
         info = ProcessInfo(**place, master_addr="", master_port=0, launcher="test")
     forward = step.forward
 
