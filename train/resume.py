@@ -24,7 +24,7 @@ from train.together import on_every_rank, on_rank_zero
 from train.watch import WatchState
 
 
-def save(job: Job, at: Progress) -> Progress:
+def save(job: Job, at: Progress) -> None:
     """Saves the run as it is now; RuntimeError on every rank, see `Saver.save`. The earlier checkpoints are then untouched."""
     state = checkpoint.TrainState(
         step=at.step,
@@ -45,7 +45,6 @@ def save(job: Job, at: Progress) -> Progress:
     if job.world.rank == 0:  # the states are the same on all
         tensors |= states_of(job.engine.model)
     job.saver.save(state, fragments=job.engine.owned_fragments(), tensors=tensors)
-    return at.saved()
 
 
 def restore(job: Job) -> Progress:

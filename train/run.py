@@ -161,7 +161,8 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
             job.reporter.record(record)
             spent = Spent(world)
         if saves:
-            done = save(job, done)
+            save(job, done)
+            done = done.saved()
     job.saver.finish()
     writer.close()
     if done.step < last:

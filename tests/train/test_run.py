@@ -56,7 +56,7 @@ def test_tokens_per_second_are_those_of_the_steps_without_evaluations_and_saves(
     monkeypatch.setattr(run, "train_step", lambda *_, step, **__: take(2.0 + step, STEP))
     monkeypatch.setattr(measure, "evaluate", lambda *_, **__: take(1000.0, Evaluation(1.0, 1.0, 10, 10)))
     monkeypatch.setattr(Job, "heldout_batches", lambda job: iter(()))
-    monkeypatch.setattr(run, "save", lambda _, at: take(5000.0, at))
+    monkeypatch.setattr(run, "save", lambda *_: take(5000.0))
     config = load_config(TINY, [f"run.dir={tmp_path}", *SETTINGS])
     job = Job(
         config,
