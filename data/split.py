@@ -120,8 +120,8 @@ def look_at(place: str, *, tolerant: bool = False) -> str:
     Raises ValueError or RuntimeError as opening it would.
     """
     if is_remote(place):
-        content = _content(place, INDEX_FILE)
-        _shards_of(place, content)
+        content = fetch_content(place, INDEX_FILE, accept=_check_index)
+        _safe_shards(place, parse_index(content))
         return hashlib.sha256(content).hexdigest()
     index = open_index(place, tolerant=tolerant)
     whole = [shard for shard in index.shards if str(index.folder / shard.name) not in index.damaged]
