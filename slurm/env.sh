@@ -4,6 +4,7 @@
 # module load cuda/13.0 python/3.12
 
 PYTHON=.venv/bin/python            # what `make` sets up; a path that every node sees
+MPIRUN=.venv/bin/mpirun            # mpich's, which make installs; for LAUNCH=mpirun on a fast network name the cluster's own (docs/preflight.md)
 
 # The network between the nodes. NCCL and gloo guess, and guess wrong where a node has several.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0

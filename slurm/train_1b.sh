@@ -66,7 +66,8 @@ if [ "${PREFLIGHT:-1}" = 1 ]; then
     BAD=$RUN_DIR/bad-nodes-$SLURM_JOB_ID
     rm -f "$BAD"
     rc=0
-    srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${CONTAINER[@]}" \
+    # --kill-on-bad-exit=0: a bad node must not end the others, which decide about it; timeout: it may never answer
+    timeout 20m srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 "${CONTAINER[@]}" \
         "$PYTHON" launcher/preflight.py --config "$CONFIG" --set run.dir="$RUN_DIR" "$@" --bad-nodes-file "$BAD" || rc=$?
     if [ "$rc" != 0 ] && [ -s "$BAD" ]; then
         say "bad nodes: $(cat "$BAD"); they are excluded and the job goes back into the queue"
@@ -102,7 +103,7 @@ deepspeed)
         --hostfile="$HOSTFILE" --master_addr="$MASTER" --master_port="$PORT" "${TRAINER[@]}") ;;
 mpirun)
     export MASTER_ADDR=$MASTER MASTER_PORT=$PORT # MPI does not say where rank 0 is
-    COMMAND=(mpirun -n "$SLURM_NTASKS" --bind-to none "$PYTHON" "${TRAINER[@]}")
+    COMMAND=("$MPIRUN" -n "$SLURM_NTASKS" "$PYTHON" "${TRAINER[@]}")
     ;;
 *)
     echo "error: LAUNCH must be srun, torchrun, deepspeed or mpirun, but it is $LAUNCH" >&2

@@ -156,6 +156,17 @@ class Cluster:
         """To the job's steps; how: --batch, --full."""
         self.on(LOGIN, "scancel", f"--signal={name}", *how, str(job))
 
+    @contextlib.contextmanager
+    def hidden(self, node: str, folder: Path) -> Iterator[None]:
+        """Inside, `folder` is empty on this node alone. Needs namespaces."""
+        slurmd = (self.base / f"slurmd-{node}.pid").read_text().strip()
+        there = ["nsenter", f"--mount=/proc/{slurmd}/ns/mnt"]
+        subprocess.run([*there, "mount", "-t", "tmpfs", "none", str(folder)], check=True, timeout=30)
+        try:
+            yield
+        finally:
+            subprocess.run([*there, "umount", str(folder)], check=True, timeout=30)
+
     def start_node(self, node: str) -> None:
         self.on(node, *(("slurmd",) if self.has_namespaces else ("slurmd", "-N", node)))
 

@@ -1,0 +1,64 @@
+"""What takes minutes on a real SLURM: its own time limit, a node that is lost, the other starts over two nodes, many preemptions."""
+
+import re
+
+import pytest
+
+from tests.slurm.cluster import JobState, wait_until
+from tests.slurm.jobs import Jobs, train_here
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+ENDLESS = ("run.steps=100000",)
+
+
+def test_ten_preemptions_in_a_row_lose_nothing(jobs: Jobs, pool):
+    job = jobs.submit("often", sets=("run.steps=300",))
+    for number in range(10):
+        jobs.at_step("often", 10 + 20 * number)
+        wait_until(lambda: "0: step" in since_start(jobs, "often", number), limit_s=200)  # noqa: B023
+        jobs.cluster.signal(job, "TERM")
+        jobs.cluster.wait(job, limit_s=200, until=lambda state: state.restarts > number or state.is_over)  # noqa: B023
+    state = jobs.wait(job, limit_s=600)
+    assert (state.state, state.restarts) == ("COMPLETED", 10), jobs.log("often")
+    config = jobs.config.model_copy(update={"run": jobs.config.run.model_copy(update={"steps": 300})})
+    pool(4).run(train_here, config, "here", 4, 2, timeout=400)
+    assert jobs.losses("often") == jobs.losses("here")
+
+
+def since_start(jobs: Jobs, name: str, number: int) -> str:
+    """The log from the start with this restart count on."""
+    return jobs.log(name).rpartition(f"restart {number}] start on")[2]
+
+
+def test_a_real_time_limit_takes_the_way_of_a_preemption(jobs: Jobs):
+    """SLURM looks at limits every half minute, and the least is a minute."""
+    job = jobs.submit("limit", "--time=2", "--signal=TERM@60", sets=ENDLESS)
+    state = jobs.cluster.wait(job, limit_s=400, until=lambda state: state.restarts == 1 or state.is_over)
+    assert (state.restarts, state.is_over) == (1, False), jobs.log("limit")
+    assert re.search(r"restart 0\] ended early at step_\d+; the job goes back into the queue", jobs.log("limit"))
+
+
+@pytest.mark.parametrize(("nodes", "left"), [("2", "n[1,3]"), ("1-2", None)])
+def test_a_node_that_is_lost_is_done_without(jobs: Jobs, nodes: str, left: str | None):
+    """On the spare node; or, where the job may be smaller, also on one."""
+    job = jobs.submit("lost", f"--nodes={nodes}", sets=("run.steps=200",))
+    jobs.at_step("lost", 10)
+    try:
+        jobs.cluster.kill_node("n2")
+        state = jobs.wait(job, limit_s=500)
+    finally:
+        jobs.cluster.start_node("n2")
+        jobs.cluster.wait_for_nodes(limit_s=120)
+    assert (state.state, state.restarts) == ("COMPLETED", 1), jobs.log("lost")
+    assert left is None or state.nodes == left
+    assert len(jobs.losses("lost")) == 200
+
+
+@pytest.mark.parametrize("launch", ["torchrun", "deepspeed"])
+def test_the_other_launchers_start_the_ranks_on_two_nodes(jobs: Jobs, launch: str, pool):
+    job = jobs.submit(launch, sets=("run.steps=20",), LAUNCH=launch)
+    state: JobState = jobs.wait(job, limit_s=400)
+    assert state.state == "COMPLETED", jobs.log(launch)
+    config = jobs.config.model_copy(update={"run": jobs.config.run.model_copy(update={"steps": 20})})
+    pool(4).run(train_here, config, "here", 4, 2, timeout=200)
+    assert jobs.losses(launch) == jobs.losses("here")
