@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from data.index import INDEX_FILE, check_tokenizer, main, open_index, verify_shards
+from data.reader import LineReader
 from data.tokenizer import train_bpe
 from tests.data.index_by_hand import rewrite_index
 
@@ -100,6 +101,17 @@ def test_an_index_that_is_not_ours_is_a_sentence(folder, change, reason):
     with pytest.raises(RuntimeError, match=f"index.json {reason}|index.json must list .*{reason}") as error:
         open_index(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"tokens": 418}, {"tokens": 1}])
+def test_counts_that_the_sidecar_does_not_have_are_told_when_it_is_read(folder, change):
+    """The checksums are right: only another program writes such an index."""
+    rewrite_index(folder, change)
+    index = open_index(folder)
+    with pytest.raises(
+        RuntimeError, match=r"train-000000\.idx and the index must agree, but it has 3 documents and 47 tokens"
+    ):
+        LineReader(index, seed=None, cached_documents=4).read(epoch=0, first_token=0, count=index.num_tokens)
 
 
 @pytest.mark.parametrize("name", ["index.json", "tokenizer.json"])

@@ -125,9 +125,9 @@ def test_a_tokenizer_whose_bytes_or_end_are_unknown_is_refused(change, reason):
 def test_a_file_that_asks_for_cut_or_filled_documents_is_used_without(asked):
     plain = train_bpe(TEXTS, vocab_size=300)
     other = Tokenizer(json.dumps(json.loads(plain.to_bytes()) | asked))
-    text = " ".join(TEXTS) * 20
-    assert other.encode(text).tolist() == plain.encode(text).tolist()
-    assert other.decode(other.encode(text)) == text.encode()
+    for text in ("short", " ".join(TEXTS) * 20):
+        assert other.encode(text).tolist() == plain.encode(text).tolist()
+        assert other.decode(other.encode(text)) == text.encode()
 
 
 def test_a_normalizer_is_used_whether_there_are_merges_or_not():
