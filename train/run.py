@@ -37,7 +37,7 @@ from train.resume import restore, roll_back, save
 from train.run_folder import RunFolder, find_changes, keep_aside, replace_file, write_folder
 from train.run_lock import hold_together
 from train.saver import Saver, open_saver
-from train.step import train_step
+from train.step import StepResult, train_step
 from train.stragglers import Spent, Stragglers
 from train.together import on_rank_zero
 from train.watch import after
@@ -112,25 +112,13 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
     writer, stragglers = MetricsWriter(job.folder, job.world, restored_step=start.step), Stragglers(job.world)
     placer = Placer(job)
     job.reporter.start(start.step)
-    engine, world, rows = job.engine, job.world, config.data.global_batch_size
+    world, rows = job.world, config.data.global_batch_size
     told: set[str] = set()  # damaged shards that the console has named
     done, spent, ends = start, Spent(world), False
     while done.step < last and not ends:
         lr = learning_rate(done.step, config.optim, num_steps=last)
-        tell = partial(tell_of, world, job.folder, done, rows=rows, say=job.reporter.say)
         spent.begin(time.perf_counter())
-        result = train_step(
-            engine,
-            batches,
-            world,
-            job.settings,
-            step=done.step,
-            lr=lr,
-            memory=job.memory,
-            past=done.watch,
-            is_asked_to_end=lambda: job.preemption.is_asked,
-            tell=tell,
-        )
+        result = _step(job, batches, done, lr=lr)
         spent.end(time.perf_counter())
         if result.goes_back:
             done = roll_back(job, done, result)  # `batches` stands behind the bad step's rows already
@@ -172,6 +160,23 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
         return "preempted"
     job.reporter.say(f"done: step {last}; checkpoints, metrics and config are in {job.folder.path}")
     return "done"
+
+
+def _step(job: Job, batches: TrainBatches, done: Progress, *, lr: float) -> StepResult:
+    """The one after `done`."""
+    rows, say = job.config.data.global_batch_size, job.reporter.say
+    return train_step(
+        job.engine,
+        batches,
+        job.world,
+        job.settings,
+        step=done.step,
+        lr=lr,
+        memory=job.memory,
+        past=done.watch,
+        is_asked_to_end=lambda: job.preemption.is_asked,
+        tell=partial(tell_of, job.world, job.folder, done, rows=rows, say=say),
+    )
 
 
 def open_saver_of(config: Config, world: World, reporter: Reporter) -> AbstractContextManager[Saver]:

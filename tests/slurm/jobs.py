@@ -51,11 +51,12 @@ class Jobs:
     def wait(self, number: int | str, *, limit_s: float = START_S) -> JobState:
         return self.cluster.wait(number, limit_s=limit_s)
 
-    def at_step(self, name: str, step: int, *, limit_s: float = START_S) -> None:
-        """Waits until the run has done so many steps; fails with the log where its job is over before."""
+    def at_step(self, name: str, step: int, *, job: int | None = None, limit_s: float = START_S) -> None:
+        """Waits until the run has done so many steps; fails with the log where its job (the last, unless named) is over before."""
+        job = self.numbers[-1] if job is None else job
 
         def is_there() -> bool:
-            assert not self.cluster.job(self.numbers[-1]).is_over, self.log(name)
+            assert not self.cluster.job(job).is_over, self.log(name)
             return len(self.losses(name)) >= step
 
         wait_until(is_there, limit_s=limit_s)

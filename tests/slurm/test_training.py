@@ -73,7 +73,7 @@ def test_a_second_job_on_a_run_folder_is_refused_and_the_first_goes_on(jobs: Job
     assert jobs.wait(second).state == "FAILED"
     assert re.search(r"one process at a time", jobs.log("shared"))
     done = len(jobs.losses("shared"))
-    jobs.at_step("shared", done + 5)
+    jobs.at_step("shared", done + 5, job=first)
     jobs.cluster.on(LOGIN, "scancel", str(first))
 
 
