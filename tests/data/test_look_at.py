@@ -1,6 +1,5 @@
 """Whether a set of shards can be read here, found out without reading it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -8,6 +7,7 @@ from unittest import mock
 import pytest
 
 from data.split import look_at
+from tests.data.index_by_hand import rewrite_index
 
 
 def test_equal_shards_look_equal_and_others_do_not(write_shards: Callable[..., Path]):
@@ -50,8 +50,6 @@ def test_of_a_remote_set_only_the_index_is_fetched(write_shards: Callable[..., P
     place = f"pipe:echo {{}} >> {log}; cat {folder}/{{}}"
     assert look_at(place)
     assert log.read_text().split() == ["index.json"]
-    content = json.loads((folder / "index.json").read_text())
-    content["shards"][0]["name"] = "$(reboot).tar"
-    (folder / "index.json").write_text(json.dumps(content))
+    rewrite_index(folder, {"name": "$(reboot).tar"})
     with pytest.raises(RuntimeError, match="names have letters"):
         look_at(place)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers.pre_tokenizers import ByteLevel
 
 from data.tokenizer import END_TOKEN, Tokenizer
 from data.writer import ShardSetWriter
@@ -24,10 +25,19 @@ SHARDS = 6
 
 
 def tokenizer() -> Tokenizer:
-    words = {END_TOKEN: END} | {f"{number:04d}": number for number in range(1, NUM_TOKENS)}
-    end = {"id": END, "content": END_TOKEN, "special": True}
-    model = {"type": "BPE", "vocab": words, "merges": []}
-    return Tokenizer(json.dumps({"model": model, "added_tokens": [end], "decoder": {"type": "ByteLevel"}}))
+    """A word for each number, and, as a tokenizer must have them, one for each byte."""
+    words = [f"{number:04d}" for number in range(1, NUM_TOKENS)]
+    vocab = {END_TOKEN: END} | {text: id for id, text in enumerate([*words, *sorted(ByteLevel.alphabet())], start=1)}
+    return Tokenizer(
+        json.dumps(
+            {
+                "model": {"type": "BPE", "vocab": vocab, "merges": []},
+                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                "added_tokens": [{"id": END, "content": END_TOKEN, "special": True}],
+                "decoder": {"type": "ByteLevel"},
+            }
+        )
+    )
 
 
 def documents(num_tokens: int, *, seed: int) -> list[list[int]]:
