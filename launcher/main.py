@@ -38,9 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Not at the top: these are found only after the line above, and a ModuleNotFoundError deserves a sentence too.
         from launcher.environment import check_imports, choose_device, read_environment
-        from train.config import load_config
 
         check_imports(ROOT)
+        from train.preemption import (
+            EXIT_CODE,
+            Preemption,
+        )  # before what takes seconds to import: a signal may come in them
+
+        preemption = Preemption()
+        preemption.listen()
+        from train.config import load_config
+
         args = _parse(argv)
         _check_plan(args)
         info = read_environment(os.environ)
@@ -57,10 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dry_run(config, info, _plan(args))
         else:
             from train import run
-            from train.preemption import EXIT_CODE, Preemption
 
-            preemption = Preemption()
-            preemption.listen()
             if run.run(config, info, preemption) == "preempted":
                 preemption.ignore()
                 return EXIT_CODE

@@ -1,5 +1,6 @@
 #!/bin/bash
-# One run for each config, as elements of one array job, each on one node and with a run folder of its own.
+# One run for each config, as elements of one array job, each on one node and with a run folder of its own in RUNS (runs/sweep-JOBID).
+# The same RUNS and the same list go on with the runs of an earlier sweep.
 #
 #   sbatch --array=0-1 slurm/sweep.sh configs/switchall_47m.yaml configs/dense_47m.yaml
 #   sbatch --array=0-7%4 slurm/sweep.sh configs/paper/*.yaml          at most four at a time
@@ -25,6 +26,6 @@ if [ "$element" -ge $# ]; then
 fi
 export CONFIG=${configs[element]}
 name=${CONFIG##*/}
-export RUN_DIR=${RUNS:-runs}/sweep-$SLURM_ARRAY_JOB_ID/${name%.yaml}
+export RUN_DIR=${RUNS:-runs/sweep-$SLURM_ARRAY_JOB_ID}/$element-${name%.yaml}
 set --
 source slurm/train_1b.sh

@@ -32,27 +32,68 @@ if [ ! -f launcher/main.py ]; then
     exit 2
 fi
 CONTAINER=()
+set +eu # what sites source, as `module`, may not bear it
 source "${ENV_SH:-slurm/env.sh}"
+set -eu
 CONFIG=${CONFIG:-configs/switchall_1b.yaml}
 RUN_DIR=${RUN_DIR:-runs/$SLURM_JOB_NAME}
+case " $* " in *" run.dir="*)
+    echo "error: the run folder must be given as RUN_DIR, which this script looks into, but it is in: $*" >&2
+    exit 2
+    ;;
+esac
 TRAINER=(launcher/main.py --config "$CONFIG" --set run.dir="$RUN_DIR" "$@")
 RESTARTS=${SLURM_RESTART_COUNT:-0} # not set in the first start
+# Of an array one element's number is also that of the whole, and `scontrol requeue` would take them all.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-$SLURM_JOB_ID}
 say() { echo "$(date +%FT%T) [job $SLURM_JOB_ID, restart $RESTARTS] $*"; }
 
 # ---- settings, each with its reason ----
-export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK       # since SLURM 22.05 srun no longer takes it over from sbatch
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # since SLURM 22.05 srun no longer takes it over from sbatch
 export OMP_NUM_THREADS=1                             # a run repeats its losses only with the same number of threads
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1       # the last words of a rank that dies are in the log
-export TRITON_CACHE_DIR=${TMPDIR:-/tmp}/triton-$(id -un) # on the node's own disk: ranks of all nodes in one folder on a shared one wait for locks
+export TRITON_CACHE_DIR=${TMPDIR:-/tmp}/triton-$UID  # on the node's own disk: ranks of all nodes in one folder on a shared one wait for locks
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}                # the reason of a failure, and nothing else
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1             # a broken link ends the rank instead of leaving it in a collective for ever
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # rows received differ in number from step to step
+
+# ---- are the nodes well? A bad one is excluded from the job, which goes back into the queue ----
+exclude_and_requeue() { # a comma list of nodes
+    trap '' TERM # requeueing ends this script; the lines after it need a moment
+    local excluded
+    excluded=$(scontrol show job "$JOB" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | grep -v '(null)' || true)
+    scontrol requeuehold "$JOB" # a job that runs cannot be changed
+    scontrol update jobid="$JOB" ExcNodeList="$1${excluded:+,$excluded}" || say "$1 cannot be excluded"
+    scontrol release "$JOB" || say "the job is held: scontrol release $JOB"
+    sleep 60 # the requeue ends this script
+    exit 1
+}
+mkdir -p "$RUN_DIR"
+if [ "${PREFLIGHT:-1}" = 1 ]; then
+    BAD=$RUN_DIR/bad-nodes-$SLURM_JOB_ID
+    rm -f "$BAD"
+    rc=0
+    # --kill-on-bad-exit=0: a bad node must not end the others, which decide about it; timeout: it may never answer
+    timeout 20m srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 "${CONTAINER[@]}" \
+        "$PYTHON" launcher/preflight.py --config "$CONFIG" --set run.dir="$RUN_DIR" "$@" --bad-nodes-file "$BAD" || rc=$?
+    if [ -s "$BAD" ]; then
+        say "bad nodes: $(cat "$BAD"); they are excluded and the job goes back into the queue"
+        exclude_and_requeue "$(cat "$BAD")"
+    elif [ "$rc" = 143 ]; then # SIGTERM came before the training had begun
+        say "asked to end during the preflight; the job goes back into the queue"
+        scontrol requeue "$JOB"
+        sleep 60
+    elif [ "$rc" != 0 ]; then
+        say "stopped: the preflight ended with $rc, and no node can be blamed for it (see above)"
+        exit 1
+    fi
+fi
 
 # ---- is there any sense in starting? ----
 newest() { # the checkpoint that `latest` names, as in: CHECKSUM  step_000100/manifest.json
     [ -f "$RUN_DIR/checkpoints/latest" ] && sed 's|.* \(step_[0-9]*\)/.*|\1|' "$RUN_DIR/checkpoints/latest" || echo "the beginning"
 }
-mkdir -p "$RUN_DIR"
 ATTEMPTS=$RUN_DIR/attempts-$SLURM_JOB_ID
 newest >>"$ATTEMPTS"
 if [ "$(wc -l <"$ATTEMPTS")" -gt 2 ] && [ "$(tail -n 3 "$ATTEMPTS" | sort -u | wc -l)" = 1 ]; then
@@ -61,30 +102,9 @@ if [ "$(wc -l <"$ATTEMPTS")" -gt 2 ] && [ "$(tail -n 3 "$ATTEMPTS" | sort -u | w
 fi
 say "start on $SLURM_JOB_NODELIST from $(newest); $(git describe --always --dirty 2>/dev/null || echo 'no git')"
 
-# ---- are the nodes well? A bad one is excluded from the job, which goes back into the queue ----
-if [ "${PREFLIGHT:-1}" = 1 ]; then
-    BAD=$RUN_DIR/bad-nodes-$SLURM_JOB_ID
-    rm -f "$BAD"
-    rc=0
-    # --kill-on-bad-exit=0: a bad node must not end the others, which decide about it; timeout: it may never answer
-    timeout 20m srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 "${CONTAINER[@]}" \
-        "$PYTHON" launcher/preflight.py --config "$CONFIG" --set run.dir="$RUN_DIR" "$@" --bad-nodes-file "$BAD" || rc=$?
-    if [ "$rc" != 0 ] && [ -s "$BAD" ]; then
-        say "bad nodes: $(cat "$BAD"); they are excluded and the job goes back into the queue"
-        trap '' TERM # requeueing ends this script; the two lines after it need a moment
-        scontrol requeuehold "$SLURM_JOB_ID"
-        excluded=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | grep -v '(null)' || true)
-        scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="$(cat "$BAD")${excluded:+,$excluded}"
-        scontrol release "$SLURM_JOB_ID"
-        exit 1
-    elif [ "$rc" != 0 ]; then
-        say "stopped: the preflight ended with $rc, and no node can be blamed for it (see above)"
-        exit 1
-    fi
-fi
-
 # ---- train ----
-MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+: "${SLURM_NTASKS_PER_NODE:?give sbatch --ntasks-per-node}"
 PORT=$((20000 + SLURM_JOB_ID % 10000)) # as launcher/environment.py has it: two jobs on one node do not meet
 LOGS=()
 [ "${RANK_LOGS:-0}" = 1 ] && LOGS=(--output="logs/%x-%j-%t.out")
@@ -103,7 +123,7 @@ deepspeed)
         --hostfile="$HOSTFILE" --master_addr="$MASTER" --master_port="$PORT" "${TRAINER[@]}") ;;
 mpirun)
     export MASTER_ADDR=$MASTER MASTER_PORT=$PORT # MPI does not say where rank 0 is
-    COMMAND=("$MPIRUN" -n "$SLURM_NTASKS" "$PYTHON" "${TRAINER[@]}")
+    COMMAND=("$MPIRUN" -n "$((SLURM_NNODES * SLURM_NTASKS_PER_NODE))" "$PYTHON" "${TRAINER[@]}")
     ;;
 *)
     echo "error: LAUNCH must be srun, torchrun, deepspeed or mpirun, but it is $LAUNCH" >&2
@@ -129,7 +149,7 @@ if [ "$ended_from_outside" = 1 ]; then
     exit "$rc"
 elif [ "$rc" = 85 ]; then
     say "ended early at $(newest); the job goes back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$JOB"
     sleep 60 # the requeue ends this script
 elif [ "$rc" = 0 ] && [ -f "$RUN_DIR/done" ]; then
     say "done: $(cat "$RUN_DIR/done")"
@@ -138,6 +158,15 @@ elif [ "$rc" = 0 ]; then
     exit 1
 else
     say "failed with $rc at $(newest)"
-    "$PYTHON" -m train.crash "$RUN_DIR" || true
+    if [ "$RUN_DIR/crash.json" -nt "$ATTEMPTS" ]; then "$PYTHON" -m train.crash "$RUN_DIR" || true; fi
+    # SLURM itself may need minutes to see that a node is dead
+    lost=
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        timeout 30 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" true 2>/dev/null || lost=${lost:+$lost,}$node
+    done
+    if [ -n "$lost" ]; then
+        say "lost nodes: $lost; they are excluded and the job goes back into the queue"
+        exclude_and_requeue "$lost"
+    fi
     exit "$rc"
 fi

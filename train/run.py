@@ -123,6 +123,7 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
         if result.goes_back:
             done = roll_back(job, done, result)  # `batches` stands behind the bad step's rows already
             spent = Spent(world)
+            placer.take_record()  # of a move that is undone
             writer.close()
             writer = MetricsWriter(job.folder, world, restored_step=done.step)
             job.reporter.start(done.step)

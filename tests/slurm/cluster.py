@@ -107,7 +107,7 @@ class Cluster:
 
     def stop(self) -> None:
         """Ends every job, then the daemons, by pid."""
-        with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
+        with contextlib.suppress(RuntimeError, TimeoutError, subprocess.TimeoutExpired):
             self.on(LOGIN, "scancel", "--user", str(os.getuid()))
             wait_until(lambda: not self.on(LOGIN, "squeue", "--noheader").strip(), limit_s=30.0)
         pids = [int(path.read_text()) for path in (*self.base.glob("*.pid"), *self.base.glob("munge/*.pid"))]
@@ -152,7 +152,7 @@ class Cluster:
         """Until the job is over, or as asked. TimeoutError with its last state."""
         return wait_until(lambda: self._state_if(job, until or (lambda state: state.is_over)), limit_s=limit_s)
 
-    def signal(self, job: int, name: str, *how: str) -> None:
+    def signal(self, job: int | str, name: str, *how: str) -> None:
         """To the job's steps; how: --batch, --full."""
         self.on(LOGIN, "scancel", f"--signal={name}", *how, str(job))
 

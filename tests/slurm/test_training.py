@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import LOGIN, Cluster
-from tests.slurm.jobs import Jobs, train_here
+from tests.slurm.cluster import LOGIN, Cluster, wait_until
+from tests.slurm.jobs import START_S, Jobs, train_here
 
 pytestmark = pytest.mark.timeout(400)  # of a busy machine; together they take 3 minutes on an idle one
 
@@ -77,20 +77,23 @@ def test_a_second_job_on_a_run_folder_is_refused_and_the_first_goes_on(jobs: Job
     jobs.cluster.on(LOGIN, "scancel", str(first))
 
 
-def test_each_element_of_an_array_trains_its_config_in_a_folder_of_its_own(jobs: Jobs):
+def test_each_element_of_an_array_trains_its_config_and_comes_back_alone(jobs: Jobs):
+    """The last element's job number is the array's too: a requeue of the number would take the other one with it."""
     text = (jobs.folder / "tiny.yaml").read_text()
-    for name, steps in (("one", 4), ("two", 6)):
+    for name, steps in (("one", 150), ("two", 160)):
         (jobs.folder / f"{name}.yaml").write_text(text.replace("steps: 100", f"steps: {steps}"))
     options = ("--array=0-1", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--mem=100")
     output = f"--output={jobs.folder}/sweep-%A_%a.out"
     configs = [str(jobs.folder / f"{name}.yaml") for name in ("one", "two")]
     environ = {"PREFLIGHT": "0", "RUNS": str(jobs.folder / "runs"), "DS_ACCELERATOR": "cpu"}
     job = jobs.cluster.submit(*options, output, "slurm/sweep.sh", *configs, environ=environ)
-    for element in (0, 1):
-        assert jobs.wait(f"{job}_{element}").state == "COMPLETED", (
-            jobs.folder / f"sweep-{job}_{element}.out"
-        ).read_text()
-    assert [len(jobs.losses(f"runs/sweep-{job}/{name}")) for name in ("one", "two")] == [4, 6]
+    jobs.numbers.append(job)
+    wait_until(lambda: len(jobs.losses("runs/1-two")) > 5, limit_s=START_S)
+    jobs.cluster.signal(f"{job}_1", "TERM")
+    for element, restarts in ((0, 0), (1, 1)):
+        state, log = jobs.wait(f"{job}_{element}"), (jobs.folder / f"sweep-{job}_{element}.out").read_text()
+        assert (state.state, state.restarts) == ("COMPLETED", restarts), log
+    assert [len(jobs.losses(f"runs/{name}")) for name in ("0-one", "1-two")] == [150, 160]
 
 
 def test_mpirun_starts_the_ranks_too(jobs: Jobs):
@@ -124,6 +127,12 @@ def test_a_job_that_starts_three_times_from_the_same_checkpoint_stops(jobs: Jobs
 def test_slurm_accepts_every_script_as_it_is(cluster: Cluster):
     for script in ("train_1b.sh", "train_tiny.sh", "sweep.sh"):
         assert "to start at" in cluster.on(LOGIN, "sbatch", "--test-only", f"slurm/{script}")
+
+
+def test_a_run_folder_that_the_script_does_not_know_is_refused(jobs: Jobs):
+    job = jobs.submit("elsewhere", sets=("run.dir=elsewhere",))
+    assert jobs.wait(job).code == 2
+    assert "the run folder must be given as RUN_DIR" in jobs.log("elsewhere")
 
 
 def test_a_script_that_is_submitted_from_another_folder_says_so(jobs: Jobs):
