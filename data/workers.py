@@ -1,7 +1,9 @@
 """Reader processes: each makes its share of an endless sequence ahead of time. Knows nothing of rows. Used by data/loader.py."""
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -11,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 Item = TypeVar("Item")
+SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
 
 
 class _Share(IterableDataset[Any]):
@@ -22,6 +25,7 @@ class _Share(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         assert worker is not None
+        _end_when_the_parent_says()
         try:
             yield from self._work(worker.id, worker.num_workers)
         except (ValueError, RuntimeError, OSError) as error:
@@ -53,14 +57,27 @@ def in_processes(work: Callable[[int, int], Iterator[Item]], *, num_workers: int
 
 @contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Processes that are started inside never hear these signals. SLURM sends them to every process of a step; the training process
+    """Processes that are started inside are not ended by these signals. SLURM sends them to every process of a step; the training process
     answers them (train/preemption.py) and needs its rows until then. Blocked before they start: booting takes seconds."""
     resource_tracker.ensure_running()  # started inside, it would unblock SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_when_the_parent_says() -> None:
+    """In a deaf child: a thread waits for the signals, and ends the process where the parent is who sent one. Python's multiprocessing
+    does so when the parent ends, and then waits for the child."""
+    parent = os.getppid()
+
+    def listen() -> None:
+        while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, name="signals of the parent", daemon=True).start()
 
 
 def _unchanged(item: Any) -> Any:
