@@ -48,7 +48,7 @@ fuzz: $(STAMP)
 	HYPOTHESIS_PROFILE=fuzz $(CPU) $(BIN)/python -m pytest -m hypothesis --timeout=3600 $(ARGS)
 
 drills: $(STAMP)
-	$(CPU) $(BIN)/python -m pytest -m slow --timeout=3600 $(ARGS)
+	DRILLS_SEED=$${DRILLS_SEED:-$$(date +%s)} $(CPU) $(BIN)/python -m pytest -m slow --timeout=3600 $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -240,7 +240,7 @@ def untouched(
 
 @pytest.fixture
 def draw(request: pytest.FixtureRequest) -> random.Random:
-    """What a drill leaves to chance: another thing at each start of the tests, the same with the same DRILLS_SEED."""
+    """What a drill leaves to chance: the same with the same DRILLS_SEED, which `make drills` draws anew."""
     seed = os.environ["DRILLS_SEED"]
     print(f"DRILLS_SEED={seed}")
     return random.Random(f"{seed}/{request.node.name}")

@@ -114,11 +114,13 @@ class Run:
         return max(self.records(), default=0)
 
     def latest_step(self) -> int:
-        """Of the checkpoint that the file `latest` names; 0 without one. Read here, not by the code that is drilled."""
+        """Of the checkpoint that the file `latest` names, or, before there is that file, of the newest that has its name; 0 without one.
+        Read here, not by the code that is drilled."""
         latest = self.checkpoints / "latest"
-        found = (
-            re.fullmatch(r"[0-9a-f]{64}  step_(\d+)/manifest.json\n", latest.read_text()) if latest.exists() else None
-        )
+        if not latest.exists():  # killed between the first rename and the first `latest`
+            whole = self.checkpoints.glob("step_*") if self.checkpoints.exists() else []
+            return max((int(path.name[5:]) for path in whole if path.name[5:].isdecimal()), default=0)
+        found = re.fullmatch(r"[0-9a-f]{64}  step_(\d+)/manifest.json\n", latest.read_text())
         return int(found.group(1)) if found else 0
 
 
