@@ -7,7 +7,7 @@
 # What differs from site to site is in env.sh. What may be set in the environment of sbatch:
 #   CONFIG, RUN_DIR   the config, and the run folder: another run needs another one
 #   PREFLIGHT=0       does not look at the nodes first
-#   RANK_LOGS=1       one log for each rank beside the job's
+#   RANK_LOGS=1       what the ranks say goes to logs/NAME-JOBID-RANK.out, not to the job's log
 #   LAUNCH            srun (one task for each GPU) | torchrun | deepspeed | mpirun: who starts the ranks. Only srun requeues
 #
 #SBATCH --job-name=switchall_1b
@@ -83,7 +83,8 @@ if [ "${PREFLIGHT:-1}" = 1 ]; then
     elif [ "$rc" = 143 ]; then # SIGTERM came before the training had begun
         say "asked to end during the preflight; the job goes back into the queue"
         scontrol requeue "$JOB"
-        sleep 60
+        sleep 60 # the requeue ends this script
+        exit 1
     elif [ "$rc" != 0 ]; then
         say "stopped: the preflight ended with $rc, and no node can be blamed for it (see above)"
         exit 1
@@ -151,6 +152,7 @@ elif [ "$rc" = 85 ]; then
     say "ended early at $(newest); the job goes back into the queue"
     scontrol requeue "$JOB"
     sleep 60 # the requeue ends this script
+    exit "$rc"
 elif [ "$rc" = 0 ] && [ -f "$RUN_DIR/done" ]; then
     say "done: $(cat "$RUN_DIR/done")"
 elif [ "$rc" = 0 ]; then
