@@ -16,7 +16,8 @@ from torch import Tensor
 CHUNK_ELEMENTS = 2**18  # 1 MiB of float32: what is read stays in a core's second cache until it is used
 
 # The gradient of F.embedding_bag for its weights per sample: a dot product for each copy, rows read through an index. Private, and twice
-# as fast as multiplying and adding up what index_select gives.
+# as fast as multiplying and adding up what index_select gives. Its bits depend on how the rows are aligned, so on a copy's place in a
+# chunk, where a row is no multiple of 16 bytes.
 _row_dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
 _SUM = 0
 
