@@ -1,10 +1,12 @@
-"""The two sums over rows of a table that everything of PEER, PKM and Memory+ is made of, in torch alone: `dots` and `sums`.
+"""The sums over rows of a table that everything of PEER, PKM and Memory+ is made of, in torch alone: `dots` and `sums`.
 
-Owns: how they are computed, and that no (copies, width) temporary is larger than CHUNK_ELEMENTS. Does not own: what they are used for.
-Called by: the cpu.py of kernels/peer_experts and kernels/embedding_bag, forward and backward, without autograd.
+Owns: how they are computed, and that no (copies, width) temporary is larger than CHUNK_ELEMENTS. Does not own: what they are used for, the
+equations of Adam (kernels/row_adam.py). Called by: the cpu.py of kernels/peer_experts and kernels/embedding_bag, forward and backward,
+without autograd.
 
 Rows of the table may be narrower than float32 (bf16 where they were gathered under autocast); everything else is `wide`. Ways that were
-measured and were slower are in docs/log.md. Shape letters: C copies, N rows, B bags, L rows of the table, X any width.
+measured and were slower are in docs/log.md. Shape letters: C copies, N rows, B bags, U rows of the table that were read, L all of them,
+X any width.
 """
 
 from collections.abc import Iterator
@@ -12,6 +14,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.row_adam import RowAdam
 
 CHUNK_ELEMENTS = 2**18  # 1 MiB of float32: what is read stays in a core's second cache until it is used
 
@@ -53,16 +57,27 @@ def sums(table_LX: Tensor, entry_C: Tensor, weights_C: Tensor, ends_B: Tensor) -
     return sums_BX
 
 
-def sums_by_entry(
-    rows_NX: Tensor, row_C: Tensor, weights_C: Tensor, *, entry_C: Tensor, order_C: Tensor, num_entries: int
-) -> Tensor:
-    """The sum over each table row's copies of weight_c * rows[row_c]: what the gradient of a table is. (L, X), in the dtype of the rows.
+def table_gradient(
+    table_LX: Tensor,
+    rows_NX: Tensor,
+    row_C: Tensor,
+    weights_C: Tensor,
+    *,
+    entry_C: Tensor,
+    order_C: Tensor,
+    adam: RowAdam | None,
+) -> Tensor | None:
+    """The sum over each table row's copies of weight_c * rows[row_c], in the dtype of the table; with `adam` its rows are stepped by it.
 
-    Rows and weights are wide. order_C sorts the copies stably by entry. A row of the table that no copy reads is exactly zero. All L rows
+    Rows and weights are wide. order_C sorts the copies stably by entry. A row of the table that no copy reads gets exactly zero. All L rows
     are bags, empty ones too: 4 ms for 65,536 rows of 256 of which 63 % are read, 11 where these are summed and then copied into zeros.
     """
-    ends_L = torch.bincount(entry_C, minlength=num_entries).cumsum(0)  # on a GPU it waits for the device
-    return sums(rows_NX, row_C[order_C], weights_C[order_C], ends_L)
+    if adam is None:
+        ends_L = torch.bincount(entry_C, minlength=len(table_LX)).cumsum(0)  # on a GPU it waits for the device
+        return sums(rows_NX, row_C[order_C], weights_C[order_C], ends_L).to(table_LX.dtype)
+    entry_U, counts_U = torch.unique_consecutive(entry_C[order_C].long(), return_counts=True)
+    adam.step(table_LX, entry_U, sums(rows_NX, row_C[order_C], weights_C[order_C], counts_U.cumsum(0)))
+    return None
 
 
 def _read(table_LX: Tensor, entry_c: Tensor) -> Tensor:

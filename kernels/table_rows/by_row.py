@@ -1,0 +1,191 @@
+"""Passes over the copies of one row after the other, in Triton: row . table[entry] for each copy, and weighted sums of table rows.
+
+Owns: the two kernels, their tiles, their launches. Does not own: the pass over the copies of one entry after the other (by_entry.py),
+autograd (the op.py of each operation), checks (the public functions), bytes (traffic.py).
+Called by: kernels/peer_experts, kernels/embedding_bag and op.py beside it.
+
+A program owns one row and walks over its copies, several at a time, so that as many rows of the table are on their way. The copies of a
+row are one range, because copies come in the order of their rows. Both passes of PEER are made of these two: forward z = x . up, then
+the sum of gate * act(z) * down; backward c = dy . down, then the sum of dz * up. z, c and the weights between them pass through memory,
+4 bytes each beside the 2 D of a row, and the received rows need not be the output rows.
+
+Letters: C copies, L rows of the table, D columns; BLOCK_C copies and BLOCK_D columns in a tile.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false
+# A launch passes numbers where a kernel declares tl.constexpr, and options of the compiler that it does not declare.
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.tuning import fastest, rounded
+
+MAX_COLUMNS = 1024  # of a tile: a wider row is taken in pieces
+MAX_COPIES = 64
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """copies x columns of a tile, and the warps of a program."""
+
+    copies: int
+    columns: int
+    warps: int
+
+
+def tiles_for(width: int) -> list[Tiles]:
+    """What is tried, what is likely best first: 64, 32 and 128 numbers of the table for each thread."""
+    columns = min(MAX_COLUMNS, max(16, triton.next_power_of_2(width)))
+    return [
+        Tiles(min(MAX_COPIES, numbers // columns), columns, warps)
+        for numbers, warps in ((8192, 4), (4096, 4), (8192, 2))
+    ]
+
+
+@triton.jit
+def _rows_of(table, entry, copies, inside, d, D: tl.constexpr):
+    """The rows (BLOCK_C, BLOCK_D) of the table that the copies read, in float32; 64 bits, because L D may exceed 2**31."""
+    row = tl.load(entry + copies, mask=inside, other=0).to(tl.int64)
+    values = tl.load(table + row[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _activated(z, RELU: tl.constexpr):
+    """The activation of z and its slope; gelu is the exact one."""
+    if RELU:
+        return tl.where(z < 0, 0.0, z), tl.where(z > 0, 1.0, 0.0)
+    half = 0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476))
+    return z * half, half + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+
+
+@triton.jit
+def products_kernel(
+    rows, table, entry, ends, gates, hidden, products, gated, hidden_gradient,
+    D: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """found = row . table[entry] of each copy of a row.
+
+    Without gates: products = found. With gates, forward: products = found = z, gated = gate * act(z). With gates and hidden = z,
+    backward: found is the gradient of gate * act(z), products = act(z) * found is the gate's, hidden_gradient = gate * act'(z) * found is
+    z's, and gated = gate * act(z) is made again.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.load(ends + row - 1, mask=row > 0, other=0)
+    end = tl.load(ends + row)
+    for first in range(start, end, BLOCK_C):
+        copies = first + tl.arange(0, BLOCK_C)
+        inside = copies < end
+        found = tl.zeros([BLOCK_C], tl.float32)
+        for first_d in range(0, D, BLOCK_D):
+            d = first_d + tl.arange(0, BLOCK_D)
+            x = tl.load(rows + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+            found += tl.sum(_rows_of(table, entry, copies, inside, d, D) * x[None, :], 1)
+        if gates is None:
+            tl.store(products + copies, found, mask=inside)
+        else:
+            gate = tl.load(gates + copies, mask=inside, other=0.0)
+            z = found
+            if hidden is not None:
+                z = tl.load(hidden + copies, mask=inside, other=0.0)
+            active, slope = _activated(z, RELU)
+            tl.store(gated + copies, gate * active, mask=inside)
+            if hidden is None:
+                tl.store(products + copies, z, mask=inside)
+            else:
+                tl.store(products + copies, active * found, mask=inside)
+                tl.store(hidden_gradient + copies, gate * slope * found, mask=inside)
+
+
+@triton.jit
+def sums_kernel(
+    table, weights, entry, ends, sums, D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """sums[row] = the sum over the copies of a row of weight * table[entry]; zeros for a row without copies."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    start = tl.load(ends + row - 1, mask=row > 0, other=0)
+    end = tl.load(ends + row)
+    total = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    for first in range(start, end, BLOCK_C):
+        copies = first + tl.arange(0, BLOCK_C)
+        inside = copies < end
+        weight = tl.load(weights + copies, mask=inside, other=0.0)
+        total += weight[:, None] * _rows_of(table, entry, copies, inside, d, D)
+    tl.store(sums + row * D + d, tl.sum(total, 0).to(sums.dtype.element_ty), mask=d < D)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """gates_C float32; relu, else gelu; hidden_C: z, in the backward pass."""
+
+    gates_C: Tensor
+    relu: bool
+    hidden_C: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Products:
+    """products_C: row . table[entry], or in a backward pass the gates' gradient. gated_C: gate * act(z). hidden_C: z's gradient."""
+
+    products_C: Tensor
+    gated_C: Tensor | None = None
+    hidden_C: Tensor | None = None
+
+
+def products(
+    rows_RD: Tensor, table_LD: Tensor, entry_C: Tensor, ends_R: Tensor, activation: Activation | None = None, *,
+    tiles: Tiles | None = None,
+) -> Products:  # fmt: skip
+    """Of each copy, float32; see products_kernel. ends_R: the end of each row's range of copies. All tensors contiguous."""
+    num_rows, width = rows_RD.shape
+    gates_C = hidden_C = None
+    if activation is not None:
+        gates_C, hidden_C = activation.gates_C, activation.hidden_C
+    found_C = _numbers(entry_C)
+    found = Products(
+        found_C, None if gates_C is None else _numbers(entry_C), None if hidden_C is None else _numbers(entry_C)
+    )
+
+    def launch(tiles: Tiles) -> None:
+        products_kernel[(num_rows,)](
+            rows_RD, table_LD, entry_C, ends_R, gates_C, hidden_C, found.products_C, found.gated_C, found.hidden_C, width,
+            activation is not None and activation.relu, tiles.copies, tiles.columns, num_warps=tiles.warps,
+        )  # fmt: skip
+
+    if num_rows and len(entry_C):
+        launch(tiles or _fastest("products", launch, table_LD, entry_C, rows_RD.dtype, num_rows))
+    return found
+
+
+def weighted_sums(
+    table_LD: Tensor, weights_C: Tensor, entry_C: Tensor, ends_R: Tensor, *, dtype: torch.dtype, tiles: Tiles | None = None
+) -> Tensor:  # fmt: skip
+    """sums_RD in `dtype`: of each row the sum of weight * table[entry] over its copies, in float32, rounded once."""
+    num_rows, width = len(ends_R), table_LD.shape[1]
+    sums_RD = table_LD.new_empty(num_rows, width, dtype=dtype)
+
+    def launch(tiles: Tiles) -> None:
+        sums_kernel[num_rows, triton.cdiv(width, tiles.columns)](
+            table_LD, weights_C, entry_C, ends_R, sums_RD, width, tiles.copies, tiles.columns, num_warps=tiles.warps
+        )
+
+    if num_rows:
+        launch(tiles or _fastest("sums", launch, table_LD, entry_C, dtype, num_rows))
+    return sums_RD
+
+
+def _numbers(entry_C: Tensor) -> Tensor:
+    return torch.empty(entry_C.shape, dtype=torch.float32, device=entry_C.device)
+
+
+def _fastest(
+    name: str, launch: Callable[[Tiles], object], table_LD: Tensor, entry_C: Tensor, dtype: torch.dtype, num_rows: int
+) -> Tiles:
+    key = (f"table {name}", rounded(len(entry_C)), rounded(num_rows), tuple(table_LD.shape), table_LD.dtype, dtype)
+    return fastest(tiles_for(table_LD.shape[1]), launch, key=key, device=table_LD.device)
