@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.availability import why_not_triton
+from kernels.row_adam import RowAdam
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
@@ -109,6 +110,19 @@ def check_backend(op: str, backend: str, backends: tuple[str, ...], *tensors: Te
             raise ValueError(
                 f"the triton backend of {op} computes in {', '.join(map(str, TRITON_DTYPES))}, got {tensor.dtype}: cast rows and tables, "
                 "or choose another backend"
+            )
+
+
+def check_adam(op: str, backend: str, *pairs: tuple[RowAdam, Tensor]) -> None:
+    """That the backend takes a RowAdam, that each is the state of its table, and that the table will be stepped."""
+    for adam, table_LD in pairs:
+        adam.check(table_LD)
+        if backend == "reference":
+            raise ValueError(f"the reference backend of {op} gives gradients and takes no adam: choose another backend")
+        if torch.is_grad_enabled() and not table_LD.requires_grad:
+            raise ValueError(
+                f"{op} with adam steps its tables in the backward pass, but requires_grad of a table of {list(table_LD.shape)} is False: "
+                "set it, or leave adam out"
             )
 
 

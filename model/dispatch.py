@@ -112,10 +112,12 @@ class LocalPlan:
 
     def with_gates(self, gates_C: Tensor) -> "LocalPlan":
         """The plan with the gates of its copies; gates_C (C,) in the order in which the copies came. Differentiable."""
+        return replace(self, gates_C=self.as_sorted(gates_C))
+
+    def as_sorted(self, found_C: Tensor) -> Tensor:
+        """What was found for the copies in the order in which they came, in the order of the plan. Differentiable."""
         assert self.sorting is not None
-        return replace(
-            self, gates_C=_Permuted.apply(gates_C, self.sorting.routes.order_C, self.sorting.routes.inverse_C)
-        )
+        return _Permuted.apply(found_C, self.sorting.routes.order_C, self.sorting.routes.inverse_C)
 
     def as_they_came(self, found_C: Tensor) -> Tensor:
         """What was found for the copies of the plan, in the order in which they came. Differentiable."""

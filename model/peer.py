@@ -35,7 +35,7 @@ class PEER(DeclaringModule):
     def __init__(self, config: PEERConfig, place: Place) -> None:
         super().__init__()
         self.config = config
-        self.activation = ACTIVATIONS[config.activation]
+        self.backend = "torch"
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.router = ProductKeys(
             d_model=place.d_model,
@@ -76,7 +76,8 @@ class PEER(DeclaringModule):
         else:
 
             def experts(rows_RD: Tensor, plan: LocalPlan) -> Tensor:
-                return neurons(rows_RD, weights["up"], weights["down"], plan, activation=self.activation)
+                tables = weights["up"], weights["down"]
+                return neurons(rows_RD, *tables, plan, activation=config.activation, backend=self.backend)
 
             y_TD = self.dispatcher.combine(arriving, experts, label="peer").wait()
         return LayerOutput(y_TD.view_as(x_BSD), reports=reports, updates=updates)
@@ -87,13 +88,13 @@ class PEER(DeclaringModule):
         """
 
         def products(rows_RX: Tensor, plan: LocalPlan) -> Tensor:
-            return partial_products(rows_RX, weights["up"], plan)
+            return partial_products(rows_RX, weights["up"], plan, backend=self.backend)
 
         def values(rows_RX: Tensor, plan: LocalPlan) -> Tensor:
-            return weighted_rows(weights["down"], plan)
+            return weighted_rows(weights["down"], plan, backend=self.backend)
 
         z_NK = self.dispatcher.reply(arriving, products, label="peer").wait()
-        weights_NK = gates_NK * self.activation(z_NK)
+        weights_NK = gates_NK * ACTIVATIONS[self.config.activation](z_NK)
         return self.dispatcher.combine(arriving, values, label="peer", gates_NK=weights_NK).wait()
 
 

@@ -6,14 +6,17 @@ chose the rows (model/product_keys.py) and where a table lives (parallel/expert.
 
 from torch import Tensor
 
-from kernels.table_routes import TableRoutes, autocast_dtype, candidates, check_backend, check_tables
+from kernels.row_adam import RowAdam
+from kernels.table_routes import TableRoutes, autocast_dtype, candidates, check_adam, check_backend, check_tables
 
 __all__ = ["BACKENDS", "candidates", "embedding_bag"]
 
 BACKENDS = ("triton", "torch", "reference")
 
 
-def embedding_bag(table_LD: Tensor, gates_C: Tensor, *, routes: TableRoutes, backend: str) -> Tensor:
+def embedding_bag(
+    table_LD: Tensor, gates_C: Tensor, *, routes: TableRoutes, backend: str, adam: RowAdam | None = None
+) -> Tensor:
     """output[p] = sum over the copies c of output row p of gate_c * table[entry_c] (PKM, arXiv 1907.05242; Memory+, arXiv 2412.09764).
 
     Args:
@@ -21,6 +24,8 @@ def embedding_bag(table_LD: Tensor, gates_C: Tensor, *, routes: TableRoutes, bac
         gates_C: float32, one per copy, in the order in which the copies came.
         routes: which row of the table each copy reads and which output row it adds to; its received rows are not used.
         backend: "triton", "torch" or "reference"; "torch" and "reference" also take float64, of table and gates.
+        adam: the backward pass steps the rows of the table that were read, and gives it no gradient: see RowAdam for what that
+            means and when it may be used. Not for "reference".
 
     Returns:
         (P, D) in the dtype of the table, under torch.autocast in the autocast dtype; differentiable in table and gates. Sums are
@@ -33,15 +38,17 @@ def embedding_bag(table_LD: Tensor, gates_C: Tensor, *, routes: TableRoutes, bac
     """
     check_backend("embedding_bag", backend, BACKENDS, table_LD)
     check_tables("embedding_bag", routes, gates_C, table=table_LD)
+    if adam is not None:
+        check_adam("embedding_bag", backend, (adam, table_LD))
     dtype = autocast_dtype(table_LD.device.type) or table_LD.dtype
     if backend == "triton":
         from kernels.embedding_bag.op import embedding_bag_op
 
-        return embedding_bag_op(table_LD.contiguous(), gates_C.contiguous(), routes, dtype)
+        return embedding_bag_op(table_LD.contiguous(), gates_C.contiguous(), routes, dtype, adam)
     if backend == "torch":
         from kernels.embedding_bag.cpu import bag
 
-        return bag(table_LD, gates_C, routes).to(dtype)
+        return bag(table_LD, gates_C, routes, adam).to(dtype)
     from kernels.embedding_bag.reference import reference
 
     return reference(table_LD, gates_C, routes).to(dtype)

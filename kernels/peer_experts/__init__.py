@@ -6,7 +6,8 @@ who chose the experts (model/product_keys.py) and where a table lives (parallel/
 
 from torch import Tensor
 
-from kernels.table_routes import TableRoutes, as_autocast, candidates, check_backend, check_tables
+from kernels.row_adam import RowAdam
+from kernels.table_routes import TableRoutes, as_autocast, candidates, check_adam, check_backend, check_tables
 
 __all__ = ["ACTIVATIONS", "BACKENDS", "candidates", "peer_experts", "peer_products"]
 
@@ -23,6 +24,7 @@ def peer_experts(
     routes: TableRoutes,
     activation: str,
     backend: str,
+    adam: tuple[RowAdam, RowAdam] | None = None,
 ) -> Tensor:
     """output[p] = sum over the copies c of output row p of gate_c * activation(row_c . up[entry_c]) * down[entry_c].
 
@@ -35,6 +37,8 @@ def peer_experts(
         routes: the neuron that each copy reads, the received row that is its input, the output row that it adds to.
         activation: "gelu" (exact) or "relu".
         backend: "triton", "torch" or "reference"; "torch" and "reference" also take float64, of rows, tables and gates.
+        adam: of up and of down: the backward pass steps the rows of the tables that were read, and gives the tables no gradient. See
+            RowAdam for what that means and when it may be used. Not for "reference".
 
     Returns:
         (P, D) in the dtype of the rows, differentiable in rows, up, down and gates. Under torch.autocast the rows are rounded to its
@@ -51,21 +55,25 @@ def peer_experts(
     rows_RD = as_autocast(rows_RD)
     check_backend("peer_experts", backend, BACKENDS, rows_RD, up_LD, down_LD)
     check_tables("peer_experts", routes, gates_C, rows=rows_RD, up=up_LD, down=down_LD)
+    if adam is not None:
+        check_adam("peer_experts", backend, (adam[0], up_LD), (adam[1], down_LD))
     tensors = (rows_RD, up_LD, down_LD, gates_C)
     if backend == "triton":
         from kernels.peer_experts.op import experts_op
 
-        return experts_op(*(each.contiguous() for each in tensors), routes, activation)
+        return experts_op(*(each.contiguous() for each in tensors), routes, activation, adam)
     if backend == "torch":
         from kernels.peer_experts.cpu import experts
 
-        return experts(*tensors, routes, activation)
+        return experts(*tensors, routes, activation, adam)
     from kernels.peer_experts.reference import reference
 
     return reference(*tensors, routes=routes, activation=activation)
 
 
-def peer_products(rows_RX: Tensor, up_LX: Tensor, *, routes: TableRoutes, backend: str) -> Tensor:
+def peer_products(
+    rows_RX: Tensor, up_LX: Tensor, *, routes: TableRoutes, backend: str, adam: RowAdam | None = None
+) -> Tensor:
     """z_c = row_c . up[entry_c] over the columns held here, float32 (float64 of float64): the first half of PEER where the columns of
     its tables are split; the ranks sum z, and embedding_bag of gate * activation(z) is the second half.
 
@@ -75,14 +83,16 @@ def peer_products(rows_RX: Tensor, up_LX: Tensor, *, routes: TableRoutes, backen
     rows_RX = as_autocast(rows_RX)
     check_backend("peer_products", backend, BACKENDS, rows_RX, up_LX)
     check_tables("peer_products", routes, None, rows=rows_RX, up=up_LX)
+    if adam is not None:
+        check_adam("peer_products", backend, (adam, up_LX))
     if backend == "triton":
         from kernels.peer_experts.op import products_op
 
-        return products_op(rows_RX.contiguous(), up_LX.contiguous(), routes)
+        return products_op(rows_RX.contiguous(), up_LX.contiguous(), routes, adam)
     if backend == "torch":
         from kernels.peer_experts.cpu import products
 
-        return products(rows_RX, up_LX, routes)
+        return products(rows_RX, up_LX, routes, adam)
     from kernels.peer_experts.reference import products_reference
 
     return products_reference(rows_RX, up_LX, routes=routes)

@@ -1,0 +1,97 @@
+"""The sums over rows of a table that everything of PEER, PKM and Memory+ is made of, in torch alone: `dots` and `sums`.
+
+Owns: how they are computed, and that no (copies, width) temporary is larger than CHUNK_ELEMENTS. Does not own: what they are used for, the
+equations of Adam (kernels/row_adam.py). Called by: the cpu.py of kernels/peer_experts and kernels/embedding_bag, forward and backward,
+without autograd.
+
+Rows of the table may be narrower than float32 (bf16 where they were gathered under autocast); everything else is `wide`. Ways that were
+measured and were slower are in docs/log.md. Shape letters: C copies, N rows, B bags, U rows of the table that were read, L all of them,
+X any width.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.row_adam import RowAdam
+
+CHUNK_ELEMENTS = 2**18  # 1 MiB of float32: what is read stays in a core's second cache until it is used
+
+# The gradient of F.embedding_bag for its weights per sample: a dot product for each copy, rows read through an index. Private, and twice
+# as fast as multiplying and adding up what index_select gives. Its bits depend on how the rows are aligned, so on a copy's place in a
+# chunk, where a row is no multiple of 16 bytes.
+_row_dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
+_SUM = 0
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 where a tensor has it: what sums are taken in."""
+    return torch.float64 if torch.float64 in {tensor.dtype for tensor in tensors} else torch.float32
+
+
+def dots(left_NX: Tensor, left_C: Tensor, table_LX: Tensor, entry_C: Tensor) -> Tensor:
+    """left[left_c] . table[entry_c] for each copy c, in the dtype of left, which is wide."""
+    products_C = left_NX.new_empty(len(entry_C))
+    no_offsets = entry_C.new_empty(0, dtype=torch.int64)
+    for part in _chunks(len(entry_C), width=table_LX.shape[1]):
+        read_cX = _read(table_LX, entry_C[part]).to(left_NX.dtype)
+        places_c = torch.arange(len(read_cX), device=entry_C.device)
+        products_C[part] = _row_dots(left_NX, read_cX, places_c, no_offsets, left_C[part], _SUM)
+    return products_C
+
+
+def sums(table_LX: Tensor, entry_C: Tensor, weights_C: Tensor, ends_B: Tensor) -> Tensor:
+    """The sum over each bag's copies of weight_c * table[entry_c], (B, X) in the dtype of the weights, which is wide.
+
+    ends_B: the end of each bag's range of copies. A bag without copies is exactly zero. Copies are added in their order.
+    """
+    if table_LX.dtype == weights_C.dtype:
+        return _bags(table_LX, entry_C, weights_C, F.pad(ends_B, (1, 0)))
+    sums_BX = weights_C.new_zeros(len(ends_B), table_LX.shape[1])
+    for part in _chunks(len(entry_C), width=table_LX.shape[1]):
+        copies_c = torch.arange(part.start, part.stop, device=entry_C.device)
+        bag_c = torch.searchsorted(ends_B, copies_c, right=True)
+        sums_BX.index_add_(0, bag_c, weights_C[part, None] * _read(table_LX, entry_C[part]))
+    return sums_BX
+
+
+def table_gradient(
+    table_LX: Tensor,
+    rows_NX: Tensor,
+    row_C: Tensor,
+    weights_C: Tensor,
+    *,
+    entry_C: Tensor,
+    order_C: Tensor,
+    adam: RowAdam | None,
+) -> Tensor | None:
+    """The sum over each table row's copies of weight_c * rows[row_c], in the dtype of the table; with `adam` its rows are stepped by it.
+
+    Rows and weights are wide. order_C sorts the copies stably by entry. A row of the table that no copy reads gets exactly zero. All L rows
+    are bags, empty ones too: 4 ms for 65,536 rows of 256 of which 63 % are read, 11 where these are summed and then copied into zeros.
+    """
+    if adam is None:
+        ends_L = torch.bincount(entry_C, minlength=len(table_LX)).cumsum(0)  # on a GPU it waits for the device
+        return sums(rows_NX, row_C[order_C], weights_C[order_C], ends_L).to(table_LX.dtype)
+    entry_U, counts_U = torch.unique_consecutive(entry_C[order_C].long(), return_counts=True)
+    adam.step(table_LX, entry_U, sums(rows_NX, row_C[order_C], weights_C[order_C], counts_U.cumsum(0)))
+    return None
+
+
+def _read(table_LX: Tensor, entry_c: Tensor) -> Tensor:
+    """table[entry_c]; bags of one row each, because torch's bags fetch rows ahead: 3.6 ms for 65,536 rows of 256, index_select 6.6."""
+    return _bags(table_LX, entry_c, None, torch.arange(len(entry_c) + 1, device=entry_c.device))
+
+
+def _bags(table_LX: Tensor, entry_C: Tensor, weights_C: Tensor | None, offsets: Tensor) -> Tensor:
+    return F.embedding_bag(
+        entry_C, table_LX, offsets.to(entry_C.dtype), mode="sum", per_sample_weights=weights_C, include_last_offset=True
+    )
+
+
+def _chunks(num_copies: int, *, width: int) -> Iterator[slice]:
+    size = max(1, CHUNK_ELEMENTS // max(1, width))
+    for first in range(0, num_copies, size):
+        yield slice(first, min(first + size, num_copies))
