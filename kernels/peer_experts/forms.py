@@ -12,10 +12,10 @@ from torch import Tensor
 from kernels.peer_experts.kernel import backward, forward
 from kernels.row_adam import RowAdam
 from kernels.table_rows.by_entry import add_runs
-from kernels.table_rows.by_row import products, tiles_for, weighted_sums
+from kernels.table_rows.by_row import products, products_tiles, sums_tiles, weighted_sums
 from kernels.tools import Form
 
-NUM_COPIES, NUM_ROWS, NUM_ENTRIES = 4096, 64, 1024
+NUM_COPIES, NUM_ROWS, NUM_ENTRIES = 8192, 64, 1024
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -54,9 +54,8 @@ def launch_backward(width: int, rows: torch.dtype, tables: torch.dtype, *, relu:
 
 def launch_tiles(number: int) -> None:
     rows_RD, table_LD = _inputs(1024, BF16, BF16)
-    tiles = tiles_for(1024)[number]
-    products(rows_RD, table_LD, _index(), _ends(), tiles=tiles)
-    weighted_sums(table_LD, _numbers(), _index(), _ends(), dtype=BF16, tiles=tiles)
+    products(rows_RD, table_LD, _index(), _ends(), tiles=products_tiles(table_LD, NUM_COPIES // NUM_ROWS)[number])
+    weighted_sums(table_LD, _numbers(), _index(), _ends(), dtype=BF16, tiles=sums_tiles(table_LD)[number])
 
 
 def launch_table(width: int, rows: torch.dtype, tables: torch.dtype, *, adam: bool = False) -> None:

@@ -125,7 +125,7 @@ def add_parts_kernel(
     goes_on = True
     while goes_on:
         part = first + tl.arange(0, PARTS)
-        _, found = _entry_at(part * PLACES, order, entry, part * PLACES < C)
+        _copies, found = _entry_at(part * PLACES, order, entry, part * PLACES < C)
         belongs = found == this
         inside = belongs[:, None] & (d < D)[None, :]
         total += tl.sum(tl.load(parts + part[:, None] * (2 * D) + d[None, :], mask=inside, other=0.0), 0)
