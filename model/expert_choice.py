@@ -118,4 +118,3 @@ class BankWork(Work):
             num_outputs=tokens * self.bank.outputs_per_token,
             bank=bank,
         )
-

@@ -7,24 +7,23 @@ Shape letters: B rows, S positions, T = B*S tokens, D model width, H heads, K pi
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kernels import product_key_topk, shift_mix, table_routes, top_k_attention
+from kernels import product_key_topk, table_routes, top_k_attention
 from kernels.embedding_bag import embedding_bag
 from kernels.peer_experts import peer_experts, peer_products
 from kernels.table_routes import TableRoutes
 from model.attend import Attend
+from model.attention_config import DEFAULT_CHUNK
 from model.context import BatchContext
-from model.dispatch import Ready
 from model.hsm.layer import HSM
-from model.pkm import PKM
 from model.peer import PEER
+from model.pkm import PKM
 from model.section import BankShape
 from model.transformer import Transformer
 from model.work import Work
@@ -82,7 +81,7 @@ def part_works(model: Transformer, sizes: Sizes) -> dict[str, PartWork]:
             works[path] = _shift_work(module, sizes, d_model=model.config.d_model)
         elif isinstance(module, PEER | PKM):
             works[f"{path}.router"] = _choice_work(module, sizes)
-        elif isinstance(module, Attend) and module.in_chunks(training=True):
+        elif isinstance(module, Attend) and module.selects():
             works[path] = _attention_work(module, sizes)
     return works
 
@@ -130,6 +129,49 @@ def _choice_work(layer: PEER | PKM, sizes: Sizes) -> PartWork:
         return _leaves(queries, keys), lambda backend: choose(backend=backend).scores_THK
 
     return PartWork(name, partial(product_key_topk.candidates, num_keys=num_keys, top_k=top_k), sizes.dtype, build)
+
+
+def _attention_work(attend: Attend, sizes: Sizes) -> PartWork:
+    config, length = attend.config, sizes.length
+    heads, width, num_keys = config.num_heads, config.head_dim, length * (1 + config.memory_blocks)
+    positions = attend.relative is not None
+    extras = positions or config.attention_dropout > 0
+    best = "all" if config.attend_top_k is None else f"the best {config.attend_top_k}"
+    of_keys = f"{best} of {num_keys} keys{' by distance too' * positions}{', dropout' * (config.attention_dropout > 0)}"
+    name = f"attention of {sizes.rows} x {heads} x {length} queries of {width} to {of_keys}, {sizes.dtype}"
+
+    def build(device: torch.device) -> tuple[list[Tensor], Compute]:
+        normal, _ = _normal(device)
+        q, k, v = (normal(sizes.rows, heads, size, width).to(sizes.dtype) for size in (length, num_keys, num_keys))
+        options = {"top_k": config.attend_top_k, "scale": width**-0.5, "chunk": config.attend_chunk or DEFAULT_CHUNK}
+        attention = partial(top_k_attention.top_k_attention, q, k, v, **options)
+        return _leaves(q, k, v), lambda backend: attention(backend=backend)
+
+    serving = partial(
+        top_k_attention.candidates, top_k=config.attend_top_k, num_keys=num_keys, widths=(width, width), extras=extras
+    )
+    return PartWork(name, serving, sizes.dtype, build)
+
+
+def _shift_work(layer: HSM, sizes: Sizes, *, d_model: int) -> PartWork:
+    """The whole layer: what it shifts and what it mixes may be one kernel or two."""
+    name = f"{layer}"
+
+    def build(device: torch.device) -> tuple[list[Tensor], Compute]:
+        normal, _ = _normal(device)
+        twin = copy.deepcopy(layer).to_empty(device=device)
+        for parameter in twin.parameters():
+            parameter.data.copy_(normal(*parameter.shape))
+        x = normal(sizes.rows, sizes.length, d_model).to(sizes.dtype)
+        context = BatchContext(torch.arange(sizes.rows, device=device), None, seed=0, step=0)
+
+        def mix(backend: str) -> Tensor:
+            twin.backend = backend
+            return twin(x, context).y_BSD
+
+        return _leaves(x, *twin.parameters()), mix
+
+    return PartWork(name, layer.candidates, sizes.dtype, build)
 
 
 def _normal(device: torch.device) -> tuple[Callable[..., Tensor], torch.Generator]:

@@ -19,9 +19,10 @@ from data.split import TrainSplit, open_heldout, open_train
 from model.filling import fill
 from model.memory import StreamMemory
 from model.parameters import materialize
+from model.part_choice import part_works
 from model.transformer import Transformer
 from parallel.config import ProcessInfo
-from train.backends import Backends, bank_works, by_layers, choose_backends, excluded, unmeasured_backend
+from train.backends import Backends, bank_works, by_layers, choose_backends, excluded, sizes_of, unmeasured_backend
 from train.config import Config, Layout
 from train.crash import CrashFile
 from train.engine import Engine, LocalMesh, PlainEngine, World
@@ -100,11 +101,12 @@ def build_model(config: Config, *, vocab_size: int) -> Transformer:
     return Transformer(config.model, vocab_size=vocab_size, backend="reference")
 
 
-def choose_kernels(config: Config, layout: Layout, world: World) -> tuple[Backends, list[str]]:
-    """How the experts are computed, and sentences for the log."""
+def choose_kernels(config: Config, layout: Layout, world: World, model: Transformer) -> tuple[Backends, list[str]]:
+    """How the experts and the other parts of the model, not yet narrowed, are computed, and sentences for the log."""
     processes = world.world_size
     exchanges = choose_exchanges(config, layout, processes=processes) if layout.ep_size > 1 else {}
-    works = bank_works(config, layout, exchanges, processes=processes)
+    parts = part_works(model, sizes_of(config, processes=processes))
+    works = {**bank_works(config, layout, exchanges, processes=processes), **parts}
     backends = choose_backends(config, works, world)
     return backends, [*excluded(config, works, world.device), *backends.notes()]
 
@@ -113,10 +115,8 @@ def load_model(values: Mapping[str, Tensor], config: Config, *, vocab_size: int,
     """The whole network with these weights and states by name, for one process that only reads it."""
     model = build_model(config, vocab_size=vocab_size)
     alone = Layout(ep_size=1, node_size=1)
-    works = bank_works(config, alone, {}, processes=1)
-    Backends(
-        {bank: unmeasured_backend(config.model.expert_backend, work, device) for bank, work in works.items()}
-    ).apply(model)
+    works = {**bank_works(config, alone, {}, processes=1), **part_works(model, sizes_of(config, processes=1))}
+    Backends({path: unmeasured_backend(config, path, work, device) for path, work in works.items()}).apply(model)
     fill(model, values, device=device)
     return model
 

@@ -250,6 +250,7 @@ _MAY_CHANGE = (
     "data.allow_pipe",
     "model.recompute",  # another layout may need the memory; dropout masks do not depend on the order of computing
     "model.expert_backend",  # another machine may lack the kernel
+    "model.kernel_backend",
     "model.sigma_moe.keep_hidden",  # memory for time
     "checkpoint.",
     "eval.every_steps",

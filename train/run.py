@@ -64,7 +64,7 @@ def run(config: Config, info: ProcessInfo, preemption: Preemption | None = None)
     ):
         check_same_data(world, data)  # before the network: its vocabulary is the shards'
         model = build_model(config, vocab_size=data.train.vocab_size)
-        backends, kernel_notes = choose_kernels(config, layout, world)
+        backends, kernel_notes = choose_kernels(config, layout, world, model)
         backends.apply(model)
         engine = build_engine(model)
         at_last.enter_context(hold_together(world, folder.path))  # to the end: crash.json is written under the lock

@@ -92,7 +92,7 @@ def test_tiles_are_measured_in_the_warm_up_alone(monkeypatch):
     seen = []
     monkeypatch.setattr(BankWork, "work", lambda self, backend, *, device: lambda: seen.append(tuning._measuring))
     work_of("mlp").seconds("loop", device=CPU)
-    assert seen == [True] * expert_choice.WARM_UP + [False] * expert_choice.PASSES
+    assert seen == [True] * work.WARM_UP + [False] * work.PASSES
 
 
 @pytest.mark.parametrize("keep_hidden", [True, False])
