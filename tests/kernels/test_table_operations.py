@@ -237,7 +237,7 @@ def last_rows_of_a_large_table() -> dict[str, Tensor]:
     table_LD, out_LD = (torch.empty(2**21 + 2, width, dtype=torch.float16) for _ in range(2))
     held = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).half()
     table_LD[places] = held
-    entry_C, index_C, gates_C = torch.tensor(places), torch.tensor([0, 0, 1]), torch.tensor([1.0, 2.0, 3.0])
+    entry_C, index_C, gates_C = torch.tensor(places).int(), torch.tensor([0, 0, 1]), torch.tensor([1.0, 2.0, 3.0])
     ends = torch.tensor([2, 3], dtype=torch.int32)
     add_runs(held[:2], index_C, gates_C, entry_C, torch.arange(3, dtype=torch.int32), out_LD)
     return {
