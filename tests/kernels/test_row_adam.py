@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.row_adam import RowAdam
 from kernels.table_routes import TableRoutes
-from tests.kernels.table_cases import NAMES, Case, apply, by_loop, make_inputs
+from tests.kernels.tables import NAMES, Case, apply, by_loop, make_inputs
 
 Run = Callable[..., Any]
 SETTINGS: dict[str, Any] = {"lr": 0.03, "betas": (0.8, 0.999), "eps": 1e-6, "weight_decay": 0.1}

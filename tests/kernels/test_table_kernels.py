@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.table_routes import TableRoutes
 from tests.kernels.compare import assert_same
-from tests.kernels.table_cases import CASES, NAMES, Case, by_kernel, by_loop, make_inputs
+from tests.kernels.tables import CASES, NAMES, Case, by_kernel, by_loop, make_inputs
 
 Run = Callable[..., Any]
 OPS = tuple(NAMES)
@@ -147,7 +147,7 @@ def test_identical_tokens_that_all_choose_one_expert(interpreted: Run) -> None:
 
 def sharded(inputs: dict[str, Any], num_owners: int, num_slices: int) -> dict[str, Tensor]:
     """The ranks of invariant 15 one after the other: entries by owner, columns in slices; z is summed over slices, outputs over owners."""
-    from tests.kernels.table_cases import apply
+    from tests.kernels.tables import apply
 
     leaves = {name: inputs[name].detach().requires_grad_() for name in NAMES["experts"]}
     routes: TableRoutes = inputs["routes"]

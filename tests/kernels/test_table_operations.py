@@ -15,7 +15,7 @@ from kernels.row_adam import RowAdam
 from kernels.table_routes import TableRoutes
 from kernels.table_rows.traffic import Shape
 from tests.kernels.compare import assert_same
-from tests.kernels.table_cases import NAMES, Case, apply, by_kernel, by_loop, make_inputs
+from tests.kernels.tables import NAMES, Case, apply, by_kernel, by_loop, make_inputs
 
 Run = Callable[..., Any]
 PLACES = 4
