@@ -76,5 +76,5 @@ FORMS = [
     Form("backward, fp32, D 412, relu", partial(launch_backward, 412, FP32, FP32, relu=True)),
     Form("table gradient, bf16, D 1024", partial(launch_table, 1024, BF16, BF16)),
     Form("table gradient, fp32, D 412", partial(launch_table, 412, FP32, FP32)),
-    Form("Adam, bf16, tables fp32, D 1024", partial(launch_table, 1024, BF16, FP32, adam=True)),
+    Form("Adam, bf16, tables fp32, D 1024", partial(launch_table, 1024, BF16, FP32, adam=True), can_spill=True),
 ]

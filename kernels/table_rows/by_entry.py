@@ -12,7 +12,7 @@ The programs store each touched row once.
 Letters: C copies, L entries, D columns; BLOCK_D columns of a program.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false, reportGeneralTypeIssues=false
 # A launch passes numbers where a kernel declares tl.constexpr, and options of the compiler that it does not declare.
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.table_routes import TableRoutes
 from tests.kernels.compare import assert_same
-from tests.kernels.table_cases import CASES, NAMES, Case, by_kernel, by_loop, make_inputs
+from tests.kernels.tables import CASES, NAMES, Case, by_kernel, by_loop, make_inputs
 
 Run = Callable[..., Any]
 OPS = tuple(NAMES)
@@ -147,7 +147,7 @@ def test_identical_tokens_that_all_choose_one_expert(interpreted: Run) -> None:
 
 def sharded(inputs: dict[str, Any], num_owners: int, num_slices: int) -> dict[str, Tensor]:
     """The ranks of invariant 15 one after the other: entries by owner, columns in slices; z is summed over slices, outputs over owners."""
-    from tests.kernels.table_cases import apply
+    from tests.kernels.tables import apply
 
     leaves = {name: inputs[name].detach().requires_grad_() for name in NAMES["experts"]}
     routes: TableRoutes = inputs["routes"]
@@ -211,8 +211,9 @@ def test_strides_and_the_width_of_the_entries_do_not_matter(interpreted: Run) ->
 def test_nan_stays_with_its_row_its_output_and_its_entries(interpreted: Run) -> None:
     inputs = make_inputs(Case([2, 2, 2], 8, 6))
     routes = TableRoutes.of(torch.arange(6), *[inputs["routes"].row_C] * 2, num_rows=3, num_outputs=3)
-    inputs = inputs | {"routes": routes}
-    inputs["rows"][1] = float("nan")
+    rows = inputs["rows"].clone()
+    rows[1] = float("nan")
+    inputs |= {"routes": routes, "rows": rows}
     found = interpreted(by_kernel, "experts", inputs)
     for name in ("output", "rows"):
         assert found[name].isnan().any(1).tolist() == [False, True, False], name
