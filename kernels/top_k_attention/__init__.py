@@ -14,7 +14,7 @@ from kernels.top_k_attention.reference import reference
 
 BACKENDS = ("triton", "torch", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_WIDTH = 256  # of a head: a tile holds all of it
+MAX_WIDTH = 128  # of a head: a tile holds all of it, and 256 would spill 400 to 5,000 bytes
 MAX_TOP_K = 256  # what the search of the kernels holds of a query's scores is at least twice as many
 
 
@@ -37,7 +37,7 @@ def top_k_attention(
     sees fewer than top_k keys uses those; one that sees none gives zeros and gets no gradient.
 
     Args:
-        q_BHSC, k_BHMC, v_BHMD: S <= M, as many heads in all. "triton": fp32, fp16 or bf16, widths up to 256, other strides are copied
+        q_BHSC, k_BHMC, v_BHMD: S <= M, as many heads in all. "triton": fp32, fp16 or bf16, widths up to 128, other strides are copied
             first; "torch" and "reference": any dtypes.
         top_k: None or 0 keeps all keys, exact attention; so does a number above the keys that a query sees. "triton": up to 256, or M.
         scale: the scores' factor inside the softmax, > 0, so it leaves the selection alone. A learned one: multiply q by it.
