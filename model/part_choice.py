@@ -6,7 +6,6 @@ not own: the clock (work.py), when it is used, what is kept and logged (train/ba
 Shape letters: B rows, S positions, T = B*S tokens, D model width, H heads, K picks, C copies, L rows of a table.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels import product_key_topk, table_routes, top_k_attention
+from kernels import product_key_topk, shift_mix, table_routes, top_k_attention
 from kernels.embedding_bag import embedding_bag
 from kernels.peer_experts import peer_experts, peer_products
 from kernels.table_routes import TableRoutes
 from model.attend import Attend
 from model.attention_config import DEFAULT_CHUNK
-from model.context import BatchContext
 from model.hsm.layer import HSM
 from model.peer import PEER
 from model.pkm import PKM
@@ -77,9 +75,9 @@ def part_works(model: Transformer, sizes: Sizes) -> dict[str, PartWork]:
     """By path, every module of the model that has such a choice; tables apart, whose rows may be elsewhere (`table_work`)."""
     works = {}
     for path, module in model.named_modules():
-        if isinstance(module, HSM):
-            works[path] = _shift_work(module, sizes, d_model=model.config.d_model)
-        elif isinstance(module, PEER | PKM):
+        if isinstance(module, HSM) and module.factors is not None:
+            works[path] = _shift_work(module, module.factors, sizes, d_model=model.config.d_model)
+        elif isinstance(module, (PEER, PKM)):
             works[f"{path}.router"] = _choice_work(module, sizes)
         elif isinstance(module, Attend) and module.selects():
             works[path] = _attention_work(module, sizes)
@@ -153,25 +151,19 @@ def _attention_work(attend: Attend, sizes: Sizes) -> PartWork:
     return PartWork(name, serving, sizes.dtype, build)
 
 
-def _shift_work(layer: HSM, sizes: Sizes, *, d_model: int) -> PartWork:
-    """The whole layer: what it shifts and what it mixes may be one kernel or two."""
-    name = f"{layer}"
+def _shift_work(layer: HSM, factors: tuple[Tensor, Tensor], sizes: Sizes, *, d_model: int) -> PartWork:
+    num_factors, shifts = len(factors[0]), layer.shifts
+    shape = f"{sizes.rows} x {sizes.length} positions of {d_model}, {sizes.dtype}"
+    name = f"shift mixing by {', '.join(map(str, shifts))} with {num_factors} factors: {shape}"
 
     def build(device: torch.device) -> tuple[list[Tensor], Compute]:
         normal, _ = _normal(device)
-        twin = copy.deepcopy(layer).to_empty(device=device)
-        for parameter in twin.parameters():
-            parameter.data.copy_(normal(*parameter.shape))
-        x = normal(sizes.rows, sizes.length, d_model).to(sizes.dtype)
-        context = BatchContext(torch.arange(sizes.rows, device=device), None, seed=0, step=0)
+        u = normal(sizes.rows, sizes.length, d_model).to(sizes.dtype)
+        a, b = normal(num_factors), normal(num_factors)
+        mix = partial(shift_mix.shift_mix, u, a, b, shifts=shifts, boundary=layer.boundary)
+        return _leaves(u, a, b), lambda backend: mix(backend=backend)
 
-        def mix(backend: str) -> Tensor:
-            twin.backend = backend
-            return twin(x, context).y_BSD
-
-        return _leaves(x, *twin.parameters()), mix
-
-    return PartWork(name, layer.candidates, sizes.dtype, build)
+    return PartWork(name, shift_mix.candidates, sizes.dtype, build)
 
 
 def _normal(device: torch.device) -> tuple[Callable[..., Tensor], torch.Generator]:

@@ -35,7 +35,6 @@ class PEER(DeclaringModule):
     def __init__(self, config: PEERConfig, place: Place) -> None:
         super().__init__()
         self.config = config
-        self.backend = "torch"
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.router = ProductKeys(
             d_model=place.d_model,
@@ -77,7 +76,7 @@ class PEER(DeclaringModule):
 
             def experts(rows_RD: Tensor, plan: LocalPlan) -> Tensor:
                 tables = weights["up"], weights["down"]
-                return neurons(rows_RD, *tables, plan, activation=config.activation, backend=self.backend)
+                return neurons(rows_RD, *tables, plan, activation=config.activation, backend=self.experts.backend)
 
             y_TD = self.dispatcher.combine(arriving, experts, label="peer").wait()
         return LayerOutput(y_TD.view_as(x_BSD), reports=reports, updates=updates)
@@ -88,10 +87,10 @@ class PEER(DeclaringModule):
         """
 
         def products(rows_RX: Tensor, plan: LocalPlan) -> Tensor:
-            return partial_products(rows_RX, weights["up"], plan, backend=self.backend)
+            return partial_products(rows_RX, weights["up"], plan, backend=self.experts.backend)
 
         def values(rows_RX: Tensor, plan: LocalPlan) -> Tensor:
-            return weighted_rows(weights["down"], plan, backend=self.backend)
+            return weighted_rows(weights["down"], plan, backend=self.experts.backend)
 
         z_NK = self.dispatcher.reply(arriving, products, label="peer").wait()
         weights_NK = gates_NK * ACTIVATIONS[self.config.activation](z_NK)

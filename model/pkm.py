@@ -29,7 +29,6 @@ class PKM(DeclaringModule):
     def __init__(self, config: PKMConfig, place: Place) -> None:
         super().__init__()
         self.config = config
-        self.backend = "torch"
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.router = _router(config, place)
         table: nn.Module = Table(config.num_keys**2, {"values": ((place.d_model,), normal(_value_std(config, place)))})
@@ -58,7 +57,7 @@ class PKM(DeclaringModule):
         weights = gathering.wait()
 
         def values(rows_R0: Tensor, plan: LocalPlan) -> Tensor:
-            return weighted_rows(weights["values"], plan, backend=self.backend)
+            return weighted_rows(weights["values"], plan, backend=self.table.backend)
 
         y_BSD = self.dispatcher.combine(arriving, values, label="pkm").wait().view_as(x_BSD)
         if self.gate is not None:
