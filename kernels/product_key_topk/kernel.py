@@ -53,7 +53,7 @@ TILES = [Tiles(16, 128, 32, 4), Tiles(32, 64, 32, 4), Tiles(32, 128, 32, 8), Til
 
 @triton.jit
 def _pack(scores, ids):
-    """Numbers that compare as (score, lower id first). -0.0 is 0.0; a NaN without sign is above everything, as in torch."""
+    """Numbers that compare as (score, lower id first). -0.0, which a product may underflow to, is 0.0; NaN without sign is largest."""
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.to(tl.int64) << 32) | (ids.to(tl.int64) ^ LOW)
@@ -166,7 +166,7 @@ def choose_kernel(
 @triton.jit(do_not_specialize=["N"])
 def queries_kernel(
     gradients, keys, firsts, seconds, of_queries, N,
-    H: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
+    K_HEADS: tl.constexpr, K: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """of_queries[n, z] = sum_k gradient[n, k] * key[z, id[n, k]] for N = T H (token, head) pairs."""
@@ -175,7 +175,7 @@ def queries_kernel(
     z = tl.program_id(0) // column_blocks % 2
     n = (tl.program_id(0) // (column_blocks * 2)).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
-    head = n % H % K_HEADS
+    head = n % K_HEADS
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for k in range(K):
         ids = tl.load(firsts + n * K + k, mask=inside & (z == 0), other=0)
@@ -206,7 +206,7 @@ def keys_kernel(
         copy = tl.load(order + m, mask=m < end, other=0).to(tl.int64)
         gradient = tl.load(gradients + copy // 2, mask=m < end, other=0.0)
         pair = copy // (2 * K)
-        at = (pair // H * Q_HEADS + pair % H % Q_HEADS) * 2 + z
+        at = (pair // H * Q_HEADS + pair % Q_HEADS) * 2 + z
         query = tl.load(queries + at[:, None] * C + c[None, :], mask=(m < end)[:, None] & (c < C)[None, :], other=0.0)
         total += tl.sum(gradient[:, None] * query, 0)
     tl.store(of_keys + row.to(tl.int64) * C + c, total, mask=c < C)
@@ -241,7 +241,7 @@ def launch_of_queries(gradient_THK: Tensor, keys_HZJC: Tensor, first_THK: Tensor
     block_n, block_c = 32, 64
     if T:
         queries_kernel[(triton.cdiv(T * H, block_n) * 2 * triton.cdiv(C, block_c),)](
-            gradient_THK, keys_HZJC, first_THK, second_THK, of_queries_THZC, T * H, H=H, K_HEADS=k_heads, K=K, J=J, C=C,
+            gradient_THK, keys_HZJC, first_THK, second_THK, of_queries_THZC, T * H, K_HEADS=k_heads, K=K, J=J, C=C,
             BLOCK_N=block_n, BLOCK_C=block_c,
         )  # fmt: skip
     return of_queries_THZC
