@@ -24,7 +24,7 @@ from kernels import tuning
 from kernels.grouped_matmul import choose_backend, why_not_torch
 from model.expert_choice import BankWork
 from model.experts import DENSE
-from model.part_choice import Sizes, table_work
+from model.part_choice import PartWork, Sizes, table_work
 from model.transformer import Transformer
 from model.work import Work
 from train.config import Config, Layout
@@ -96,34 +96,59 @@ class Kept:
 
 
 def sizes_of(config: Config, *, processes: int) -> Sizes:
-    """What one of the processes works on in a training micro-step; of a long one as much as is worth measuring."""
-    rows, length = (
-        config.data.global_batch_size // config.optim.accumulation_steps // processes,
-        config.data.sequence_length,
-    )
-    most = MAX_TOKENS["cuda" if config.run.device == "cuda" else "cpu"]
-    return Sizes(max(1, min(rows, most // length)), length, getattr(torch, config.run.dtype))
+    """What one of the processes works on in a training micro-step, or as much of it as is worth measuring."""
+    rows, most = _micro_rows(config) // processes, _most_tokens(config)
+    length = min(config.data.sequence_length, most)
+    return Sizes(min(rows, most // length), length, getattr(torch, config.run.dtype))
 
 
-def bank_works(config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int) -> Works:
-    """What each bank does in a training micro-step on one of the processes. exchanges: by path, empty without expert parallelism."""
-    sizes, mlp = sizes_of(config, processes=processes), config.model.sigma_moe
-    works: dict[str, Work] = {}
+def _micro_rows(config: Config) -> int:
+    return config.data.global_batch_size // config.optim.accumulation_steps
+
+
+def _most_tokens(config: Config) -> int:
+    return MAX_TOKENS["cuda" if config.run.device == "cuda" else "cpu"]
+
+
+def bank_works(
+    config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int
+) -> dict[str, BankWork]:
+    """What each bank but tables does in a training micro-step on one of the processes.
+
+    exchanges: by path, empty without expert parallelism.
+    """
+    tokens = min(_micro_rows(config) // processes * config.data.sequence_length, _most_tokens(config))
+    mlp = config.model.sigma_moe
+    works = {}
     for bank in config.model.banks():
-        travels = layout.ep_size > 1 and exchanges[bank.path].mode == "tokens"
-        columns = exchanges[bank.path].columns if travels else 1
-        num_groups = math.ceil(bank.shape.num_groups * columns / layout.ep_size) if travels else bank.shape.num_groups
         if bank.shape.is_table:
-            works[bank.path] = table_work(bank.shape, sizes, num_rows=num_groups, columns=columns)
             continue
+        travels = layout.ep_size > 1 and exchanges[bank.path].mode == "tokens"
+        num_groups = math.ceil(bank.shape.num_groups / layout.ep_size) if travels else bank.shape.num_groups
         works[bank.path] = BankWork(
             bank.shape,
-            tokens=sizes.tokens * bank.shape.token_factor,
+            tokens=tokens * bank.shape.token_factor,
             num_groups=num_groups,
             whole=not travels,
-            dtype=sizes.dtype,
+            dtype=getattr(torch, config.run.dtype),
             keep_hidden=mlp is not None and mlp.keep_hidden,
         )
+    return works
+
+
+def table_works(
+    config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int
+) -> dict[str, PartWork]:
+    """The same of tables, whose rows and columns are where their exchange says."""
+    works = {}
+    for bank in config.model.banks():
+        if not bank.shape.is_table:
+            continue
+        travels = layout.ep_size > 1 and exchanges[bank.path].mode == "tokens"
+        columns = exchanges[bank.path].columns if travels else 1
+        ranges = layout.ep_size // columns if travels else 1
+        sizes, num_rows = sizes_of(config, processes=processes), math.ceil(bank.shape.num_groups / ranges)
+        works[bank.path] = table_work(bank.shape, sizes, num_rows=num_rows, columns=columns)
     return works
 
 

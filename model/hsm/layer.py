@@ -56,13 +56,18 @@ class HSM(DeclaringModule):
         self.shifts = config.shifts(place.mixers, depth=place.depth)
         self.mixing = mixing(config, d_model=place.d_model, num_layers=place.num_layers)
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Of the token and of the shifted one, where nothing but these is done to them: what kernels/shift_mix computes."""
+        return self.mixing.factors if isinstance(self.mixing, LinearMix) else None
+
     def forward(self, x_BSD: Tensor, context: BatchContext, cache: HSMCache | None = None) -> LayerOutput:
         """y (B, S, D) in the dtype of x. With a cache, x are the next S >= 1 positions after `cache.length` earlier ones."""
         if cache is not None and context.document_ids_BS is not None:
             raise ValueError(
                 "decoding takes rows of one document each, but a cache and document ids are given: leave out the document ids"
             )
-        factors = self.mixing.factors if isinstance(self.mixing, LinearMix) else None
+        factors = self.factors
         if factors is not None and (cache is None or x_BSD.shape[1] == 1):
             return LayerOutput(self._scaled(x_BSD, *factors, context.document_ids_BS, cache))
         rings = [None] * len(self.shifts) if cache is None else cache.rings
