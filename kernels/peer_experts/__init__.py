@@ -61,7 +61,8 @@ def peer_experts(
     if backend == "triton":
         from kernels.peer_experts.op import experts_op
 
-        return experts_op(*(each.contiguous() for each in tensors), routes, activation, adam)
+        rows_RD, up_LD, down_LD, gates_C = (each.contiguous() for each in tensors)
+        return experts_op(rows_RD, up_LD, down_LD, gates_C, routes, activation, adam)
     if backend == "torch":
         from kernels.peer_experts.cpu import experts
 
