@@ -33,9 +33,8 @@ def dots(left_NX: Tensor, left_C: Tensor, table_LX: Tensor, entry_C: Tensor) -> 
     """
     products_C, size = left_NX.new_empty(len(entry_C)), _chunk_size(table_LX)
     per_row = _copies_per_row(left_C, len(left_NX))
-    if (
-        is_even := 0 < per_row <= size
-    ):  # on one process always: 6.0 ms where the other way takes 7.7, for 65,536 copies of 256 columns
+    is_even = 0 < per_row <= size
+    if is_even:  # on one process always: 6.0 ms where the other way takes 7.7, for 65,536 copies of 256 columns
         size -= size % per_row
     for part in _parts(len(entry_C), size):
         read_cX = _read(table_LX, entry_C[part]).to(left_NX.dtype)
