@@ -66,6 +66,14 @@ def test_output_and_gradients_equal_a_loop(op: str, name: str, backend: str):
     assert_same(both_ways(op, inputs, backend=backend), by_loop(op, inputs), tolerance=1e-13)
 
 
+@pytest.mark.parametrize("chunk", [1, 40, 60, 100, 1000])
+def test_chunks_may_end_anywhere(chunk: int, monkeypatch: pytest.MonkeyPatch):
+    """5 copies of each row, 8 wide: 1, 5, 7, 12 and 125 copies at once."""
+    monkeypatch.setattr(table_sums, "CHUNK_ELEMENTS", chunk)
+    inputs = wide(make_inputs(Case([5] * 6, 8, 10)))
+    assert_same(both_ways("experts", inputs), by_loop("experts", inputs), tolerance=1e-13)
+
+
 @pytest.mark.parametrize("backend", PLAIN)
 def test_relu_equals_a_loop(backend: str):
     inputs = wide(make_inputs(WIDE))
