@@ -63,7 +63,9 @@ class Copies:
         row_index_C = self.row_C.index_select(0, routes.order_C)  # indexing by [] takes 5 times as long on a CPU
         return LocalPlan(
             row_index_C=row_index_C,
-            output_index_C=row_index_C if self.output_C is self.row_C else self.output_C.index_select(0, routes.order_C),
+            output_index_C=row_index_C
+            if self.output_C is self.row_C
+            else self.output_C.index_select(0, routes.order_C),
             gates_C=torch.ones(len(row_index_C), device=row_index_C.device),
             offsets_L=routes.offsets_G,
             num_outputs=self.num_outputs,

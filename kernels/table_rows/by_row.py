@@ -167,9 +167,10 @@ def products(
     gates_C = hidden_C = None
     if activation is not None:
         gates_C, hidden_C = activation.gates_C, activation.hidden_C
-    found_C = _numbers(entry_C)
     found = Products(
-        found_C, None if gates_C is None else _numbers(entry_C), None if hidden_C is None else _numbers(entry_C)
+        _numbers(entry_C),
+        gated_C=None if gates_C is None else _numbers(entry_C),
+        hidden_C=None if hidden_C is None else _numbers(entry_C),
     )
 
     def launch(tiles: Tiles) -> None:
@@ -179,18 +180,8 @@ def products(
         )  # fmt: skip
 
     if num_rows and len(entry_C):
-        launch(
-            tiles
-            or _fastest(
-                "products",
-                products_tiles(table_LD, -(-len(entry_C) // num_rows)),
-                launch,
-                table_LD,
-                entry_C,
-                rows_RD.dtype,
-                num_rows,
-            )
-        )
+        configs = products_tiles(table_LD, -(-len(entry_C) // num_rows))
+        launch(tiles or _fastest("products", configs, launch, table_LD, entry_C, rows_RD.dtype, num_rows))
     return found
 
 
