@@ -8,7 +8,7 @@ import torch
 from benchmarks.gpu import table_bench
 from benchmarks.gpu.kernel_bench import Work
 from benchmarks.gpu.table_bench import Layer, choose, few_tokens, routes_of
-from benchmarks.gpu.timing import Times
+from benchmarks.gpu.timing import Speeds, Times
 from benchmarks.kernels import bench_embedding_bag, bench_peer_experts
 from tests.benchmarks.gpu.test_figures import CPU, Measuring
 
@@ -27,7 +27,10 @@ def test_the_share_is_of_the_copy_on_the_bytes_that_must_move(monkeypatch: pytes
     assert row.share == pytest.approx(0.6)
     assert row.text.startswith("| small | Zipf 1.0 | bwd | 8.000 ± ")
     assert row.text.endswith("| 0.50 / 0.25 | 4.00 | 600 | 60% | 120% |")
-    assert table_bench.head(bench, machine, 1e12).splitlines()[-2].count("|") == row.text.count("|")
+    head = table_bench.head(bench, machine, 1e12, Speeds(1.0, 2e12))
+    assert "copy: 1.000 TB/s, of 1 GiB" in head
+    assert "the peak is 2.00 TB/s" in head
+    assert head.splitlines()[-2].count("|") == row.text.count("|")
 
 
 @BENCHES
