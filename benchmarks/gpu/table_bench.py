@@ -23,6 +23,8 @@ from benchmarks.gpu.timing import (
     QUEUE_NOTE,
     Bar,
     Machine,
+    Speeds,
+    add_speed_arguments,
     find_machine,
     header,
     hosts,
@@ -30,6 +32,7 @@ from benchmarks.gpu.timing import (
     milliseconds,
     num_sets,
     run_once,
+    speeds_of,
     time_all,
 )
 from kernels.availability import interpreted, why_not_triton
@@ -132,7 +135,7 @@ def measure(
     return Row(f"{layer.name} {routing}", part, f"| {' | '.join(cells)} |", speeds[0] / bandwidth)
 
 
-def head(bench: Bench, machine: Machine, bandwidth: float | None) -> str:
+def head(bench: Bench, machine: Machine, bandwidth: float | None, speeds: Speeds) -> str:
     """What stands above the rows."""
     copied = NOT_MEASURED if bandwidth is None else f"{bandwidth / 1e12:.3f} TB/s"
     notes = [
@@ -140,7 +143,7 @@ def head(bench: Bench, machine: Machine, bandwidth: float | None) -> str:
         f"milliseconds: median of {CALLS} calls ± half the distance of the quartiles; all functions in turn, over inputs of their own",
         QUEUE_NOTE,
         *bench.notes,
-        f"copy: {copied}, of 1 GiB by torch, read and written, measured in this run",
+        f"copy: {copied}, of 1 GiB by torch, read and written, in this run; the peak is {speeds.bandwidth / 1e12:.2f} TB/s",
         "must move: inputs and results once, a row of a table for each copy that reads it, a gradient of the size of the table written "
         "once; GB/s and share are of these bytes, share of own of the bytes of our launches where entries are chosen alike. By Zipf's law "
         "many rows come from the cache: more than 100 % is possible",
@@ -166,11 +169,13 @@ def main(bench: Bench) -> None:
     parser.add_argument(
         "--profile", type=Path, metavar="FILE", help="append the kernels of one forward+backward to FILE"
     )
+    add_speed_arguments(parser)
     args = parser.parse_args()
     try:
         if args.smoke and not interpreted():
             interpret(bench.op)
         machine = find_machine(smoke=args.smoke)
+        speeds = speeds_of(machine, args)
         if reason := why_not_triton(machine.device.type):
             raise RuntimeError(reason)
         layers = bench.smoke_layers if args.smoke else bench.layers
@@ -178,7 +183,7 @@ def main(bench: Bench) -> None:
         for layer, zipf in itertools.product(layers, (False, True)):
             check(bench, layer, zipf=zipf, device=machine.device)
         bandwidth, rows = copy_bandwidth(machine), []
-        print(head(bench, machine, bandwidth), flush=True)
+        print(head(bench, machine, bandwidth, speeds), flush=True)
         for layer, zipf, backward in itertools.product(layers, (False, True), (False, True)):
             rows.append(measure(bench, layer, machine, bandwidth, zipf=zipf, backward=backward))
             print(rows[-1].text, flush=True)

@@ -31,7 +31,7 @@ from kernels.tuning import fastest, rounded
 
 LANE_BYTES, LANES = 16, 32  # what a thread loads at once, and the threads of a warp
 MAX_COLUMNS = 1024  # of a tile of sums_kernel: a wider row has several programs
-PRODUCT_COLUMNS, PRODUCT_BYTES = 64, 1 << 14  # of a tile of products_kernel: 8 loads of each of 128 threads
+LOADS = 8  # of each thread for a tile of products_kernel, all of them under way at once
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,17 @@ class Tiles:
 
 
 def products_tiles(table_LD: Tensor, copies_per_row: int) -> list[Tiles]:
-    """What is tried, what is likely best first: all copies of a row at once, up to 128 in 16 bits."""
-    copies = min(PRODUCT_BYTES // (PRODUCT_COLUMNS * table_LD.itemsize), _power(copies_per_row))
-    return [
-        Tiles(number, PRODUCT_COLUMNS, warps) for number, warps in ((copies, 4), (max(16, copies // 2), 4), (copies, 8))
-    ]
+    """What is tried, what is likely best first: the copies of a row at once, up to 128 in 16 bits; columns half as many as threads.
+
+    More columns read longer pieces of a row, 256 bytes in the first of them, which memory likes; fewer make smaller programs.
+    """
+    width, at_once = _power(table_LD.shape[1]), LOADS * LANE_BYTES // table_LD.itemsize
+    found = []
+    for columns, warps, loads in ((128, 8, 1), (128, 8, 2), (64, 4, 1), (256, 16, 2)):
+        columns = min(columns, width)
+        copies = min(LANES * warps * at_once // (columns * loads), _power(copies_per_row))
+        found.append(Tiles(copies, columns, warps))
+    return list(dict.fromkeys(found))
 
 
 def sums_tiles(table_LD: Tensor) -> list[Tiles]:
@@ -161,9 +167,10 @@ def products(
     gates_C = hidden_C = None
     if activation is not None:
         gates_C, hidden_C = activation.gates_C, activation.hidden_C
-    found_C = _numbers(entry_C)
     found = Products(
-        found_C, None if gates_C is None else _numbers(entry_C), None if hidden_C is None else _numbers(entry_C)
+        _numbers(entry_C),
+        gated_C=None if gates_C is None else _numbers(entry_C),
+        hidden_C=None if hidden_C is None else _numbers(entry_C),
     )
 
     def launch(tiles: Tiles) -> None:
@@ -173,18 +180,8 @@ def products(
         )  # fmt: skip
 
     if num_rows and len(entry_C):
-        launch(
-            tiles
-            or _fastest(
-                "products",
-                products_tiles(table_LD, -(-len(entry_C) // num_rows)),
-                launch,
-                table_LD,
-                entry_C,
-                rows_RD.dtype,
-                num_rows,
-            )
-        )
+        configs = products_tiles(table_LD, -(-len(entry_C) // num_rows))
+        launch(tiles or _fastest("products", configs, launch, table_LD, entry_C, rows_RD.dtype, num_rows))
     return found
 
 

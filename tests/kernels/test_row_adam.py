@@ -164,6 +164,28 @@ def test_tables_of_sixteen_bits_and_betas_of_one_are_refused() -> None:
         RowAdam.zeros(table, lr=1.0, betas=(0.9, 1.0))
 
 
+def plain_and_compiled(inputs: dict[str, Any]) -> list[tuple[Tensor, ...]]:
+    found = []
+    for compiled in (False, True):
+        table = inputs["down"].clone().requires_grad_()
+        adam = RowAdam.zeros(table, **SETTINGS)
+
+        def function(table: Tensor, gates: Tensor, adam: RowAdam = adam) -> Tensor:
+            return apply("bag", {"down": table, "gates": gates}, inputs["routes"], adam=adam)
+
+        if compiled:
+            function = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
+        function(table, inputs["gates"]).sum().backward()
+        found.append((table.detach(), *adam.state))
+    return found
+
+
+def test_a_compiled_model_takes_the_same_step(interpreted: Run) -> None:
+    plain, compiled = interpreted(plain_and_compiled, make_inputs(CASE))
+    assert all(torch.equal(one, other) for one, other in zip(plain, compiled, strict=True))
+    assert plain[3].any()
+
+
 def no_copies() -> RowAdam:
     table = torch.ones(4, 3, requires_grad=True)
     adam, none = RowAdam.zeros(table, **SETTINGS), torch.zeros(0, dtype=torch.int64)

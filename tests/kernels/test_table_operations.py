@@ -86,6 +86,16 @@ def test_the_byte_model_is_what_the_kernels_touch_and_nothing_is_written_twice(
     assert all(launch.asked_to_write == launch.written for launch in found), "no element is written by two programs"
 
 
+def places() -> int:
+    from kernels.table_rows import by_entry
+
+    return by_entry.PLACES
+
+
+def test_the_model_knows_how_many_places_a_program_has(interpreted: Run) -> None:
+    assert interpreted(places) == Shape.places
+
+
 def test_the_gigabytes_of_the_specification_and_of_the_docstring() -> None:
     """Section 4.1 counts ids, gates and z as 8 bytes of a copy forward and 16 backward; within 10 % (invariant 21)."""
     shape = traffic.layer(tokens=8192)
