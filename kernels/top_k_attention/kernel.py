@@ -40,7 +40,7 @@ from kernels.grouped_matmul.tiles import INTERPRETED
 from kernels.tuning import fastest, rounded
 
 LOG2_E = math.log2(math.e)
-LOWEST_ORDER = tl.constexpr(-2139095041)  # of -inf, see `_number`
+LOWEST_ORDER = tl.constexpr(-2139095041)  # of -inf, see `_largest`
 RUNTIME = ["num_queries", "num_keys", "num_heads", "top_k"]  # a length is not worth a compilation
 
 
@@ -132,27 +132,26 @@ def _insert(held, x):
 
 @triton.jit
 def _count(held, bound, STRICT: tl.constexpr):
-    """(M,): how many of all that is held are above the bound (M,), or at it."""
-    count = tl.zeros(held[0].shape, tl.int32)
-    for i in tl.static_range(len(held)):
+    """(M,): how many of all that is held in a row are above the bound (M,), or at it."""
+    count = ((held[0] > bound[:, None]) if STRICT else (held[0] >= bound[:, None])).to(tl.int32)
+    for i in tl.static_range(1, len(held)):
         count += ((held[i] > bound[:, None]) if STRICT else (held[i] >= bound[:, None])).to(tl.int32)
     return tl.sum(count, 1)
 
 
 @triton.jit
-def _number(order):
-    """The float32 at a place of the order of all float32, which is that of these int32."""
-    return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _largest(held, rank):
-    """(M,): the rank-th largest (from 1) of all that is held in a row; -inf where there are fewer. One bit of the order after the other."""
-    order = tl.zeros(rank.shape, tl.int32) + -2147483648
+    """(M,): the rank-th largest (from 1) of all that is held in a row; -inf where there are fewer.
+
+    One bit after the other of int32 that are ordered as the float32 are. (-0 and 0 are two of them and one number: either will do.)
+    """
+    order = tl.full(rank.shape, -2147483648, tl.int32)
     for bit in range(32):
         tried = order ^ (tl.full([], 1, tl.int32) << (31 - bit))
-        order = tl.where(_count(held, _number(tried), STRICT=False) >= rank, tried, order)
-    return tl.where(order <= LOWEST_ORDER, float("-inf"), _number(order))
+        number = tl.where(tried < 0, tried ^ 0x7FFFFFFF, tried).to(tl.float32, bitcast=True)
+        order = tl.where(_count(held, number, STRICT=False) >= rank, tried, order)
+    number = tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
+    return tl.where(order <= LOWEST_ORDER, float("-inf"), number)
 
 
 @triton.jit
