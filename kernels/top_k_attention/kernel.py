@@ -143,15 +143,25 @@ def _count(held, bound, STRICT: tl.constexpr):
 def _largest(held, rank):
     """(M,): the rank-th largest (from 1) of all that is held in a row; -inf where there are fewer.
 
-    One bit after the other of int32 that are ordered as the float32 are. (-0 and 0 are two of them and one number: either will do.)
+    A bound is made, bit after bit, of int32 that are ordered as the float32 are, until just `rank` numbers of each row reach it: of the 32
+    steps some 20, where there are no ties. (-0 and 0 are two of the int32 and one number: either will do.)
     """
     order = tl.full(rank.shape, -2147483648, tl.int32)
-    for bit in range(32):
-        tried = order ^ (tl.full([], 1, tl.int32) << (31 - bit))
+    is_found = tl.full(rank.shape, 0, tl.int32)
+    bit, missing = 31, 1
+    while (bit >= 0) & (missing > 0):
+        tried = order ^ (tl.full([], 1, tl.int32) << bit)
         number = tl.where(tried < 0, tried ^ 0x7FFFFFFF, tried).to(tl.float32, bitcast=True)
-        order = tl.where(_count(held, number, STRICT=False) >= rank, tried, order)
+        count = _count(held, number, STRICT=False)
+        order = tl.where(count >= rank, tried, order)
+        is_found = tl.where(count == rank, 1, is_found)
+        missing = tl.max(1 - is_found, 0)
+        bit -= 1
     number = tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
-    return tl.where(order <= LOWEST_ORDER, float("-inf"), number)
+    least = tl.where(held[0] >= number[:, None], held[0], float("inf"))
+    for i in tl.static_range(1, len(held)):
+        least = tl.minimum(least, tl.where(held[i] >= number[:, None], held[i], float("inf")))
+    return tl.where(order <= LOWEST_ORDER, float("-inf"), tl.min(least, 1))
 
 
 @triton.jit
@@ -479,13 +489,12 @@ def _blocks(q_BHSC: Tensor, value_width: int, tiles: Tiles) -> dict[str, int]:
 def tiles_for(name: str, *, dtype: torch.dtype, width: int, top_k: int) -> list[Tiles]:
     """What is tried in "thresholds", "forward", "queries" and "keys", what is likely best first; m and n are the same in all of them.
 
-    Wide heads have thresholds of one stage: with two an MI300 spills 68 bytes.
+    The thresholds begin with one stage: with two an MI300 spills 4 bytes, and 68 with heads of 128.
     """
     m, n = (16, 32) if dtype == torch.float32 else (64, 64)
     held = max(4, triton.next_power_of_2(triton.cdiv(2 * top_k, n)))
     if name == "thresholds":
-        first = 1 if width > 64 else 2
-        return [Tiles(m, n, num_warps=8, num_stages=stages, held=held) for stages in (first, first + 1)]
+        return [Tiles(m, n, num_warps=8, num_stages=stages, held=held) for stages in (1, 2)]
     if dtype == torch.float32:
         return [Tiles(m, n, num_warps=4, num_stages=2)]
     return [
