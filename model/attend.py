@@ -32,6 +32,7 @@ class Attend(DeclaringModule):
     def __init__(self, config: AttendSection, place: Place, *, draw: Initializer, learned: bool) -> None:
         super().__init__()
         self.config = config
+        self.backend = "torch"  # of top-k attention: one of kernels.top_k_attention.candidates
         self.relative: RelativePositions | None = None
         if config.positions == "xl":
             self.relative = RelativePositions(
@@ -87,6 +88,7 @@ class Attend(DeclaringModule):
                 scale=scale,
                 relative=by_distance,
                 drop=AttentionDropout(context, self.config.attention_dropout) if drops else None,
+                backend=self.backend,
             )
         bias = _bias(mask, by_distance)
         shared = q_BHSC.shape[1] != k_BGMC.shape[1]
