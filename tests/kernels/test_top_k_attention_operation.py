@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.top_k_attention import candidates, top_k_attention, traffic
-from kernels.top_k_attention.cpu import select_top_k
+from kernels.top_k_attention.selection import select_top_k
 from kernels.top_k_attention.traffic import Shape
 from tests.kernels.compare import assert_same
 from tests.kernels.test_top_k_attention import NAMES, SCALE, Case, by_kernel, by_loop, make_inputs
