@@ -1,6 +1,7 @@
 """top_k_attention with torch alone, in chunks of queries, with memory linear in the length; on any device, in fp32 and wider.
 
-Owns: the chunks, their gradients, the selection. Does not own: checks (the public function), which probabilities are dropped (`Drop`).
+Owns: the chunks and their gradients. Does not own: the selection (selection.py), checks (the public function), which probabilities are
+dropped (`Drop`).
 Called by: kernels/top_k_attention.
 
 Unlike the paper's code (arXiv 2106.06899): ceil(S / chunk) chunks, no mask is kept for backward, and dropout is a function of
@@ -12,7 +13,6 @@ Shape letters: B rows, H heads, S queries, M keys, C and D widths of q and v, R 
 keys, X any width.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -22,20 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.top_k_attention.selection import select_top_k
+
 
 class Drop(Protocol):
-    """Dropout of probabilities by their coordinates."""
+    """Dropout of probabilities by their coordinates: x or 0, scaled; also what takes gradients back.
 
-    def apply(self, x_BHRK: Tensor, *, query_R: Tensor, key: Tensor) -> Tensor:
-        """x or 0, scaled; also what takes gradients back. Offsets in the row, int64; key like x or (K,)."""
-        ...
+    Offsets in the row, int64; key like x or (K,).
+    """
 
-
-class Kept(NamedTuple):
-    """The chosen scores of each query and their keys, (..., K); the keys are int32."""
-
-    scores: Tensor
-    keys: Tensor
+    def apply(self, x_BHRK: Tensor, *, query_R: Tensor, key: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -62,46 +58,6 @@ def attend_in_chunks(
 ) -> Tensor:
     """See `top_k_attention`: (B, H, S, D) in the dtype of v, differentiable in q, k, v and `relative`, once."""
     return _Attend.apply(q_BHSC, k_BHMC, v_BHMD, *(relative or (None, None)), setting)  # type: ignore[return-value]
-
-
-def select_top_k(scores: Tensor, top_k: int) -> Kept:
-    """The top_k largest of the last axis, which must be longer; of equal scores the first. The order inside the result is unspecified.
-
-    torch.topk promises nothing about ties, so it is asked for one more: only where the last two agree did it have a choice, and only
-    those rows are done again, by counting.
-    """
-    values, keys = _top(scores, top_k + 1)
-    border = values[..., top_k]
-    tied = (values[..., top_k - 1] == border) & (border > -torch.inf)  # -inf: a masked key, which has no weight
-    values, keys = values[..., :top_k].contiguous(), keys[..., :top_k].int()
-    if tied.any():
-        tied_scores, border = scores[tied], border[tied][:, None]
-        above, equal = ~(tied_scores <= border), tied_scores == border  # topk puts NaN above all, so does this
-        room = top_k - above.sum(-1, keepdim=True)
-        chosen = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
-        tied_keys = chosen.nonzero()[:, -1].view(-1, top_k)
-        keys[tied] = tied_keys.int()
-        values[tied] = tied_scores.gather(-1, tied_keys)
-    return Kept(values, keys)
-
-
-def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """scores.topk(count), descending. The best are in the `count` groups with the largest maxima: two short searches for one long one.
-
-    For 65 of 4,096 numbers a third of the time, for 65 of 16,384 a fifth.
-    """
-    length = scores.shape[-1]
-    depth = math.isqrt(length // count)  # of a group: then both searches are about equally long
-    if depth < 3:
-        return scores.topk(count, dim=-1)
-    groups = length // depth
-    maxima = scores[..., : depth * groups].unflatten(-1, (depth, groups)).amax(-2)
-    chosen = maxima.topk(count, dim=-1, sorted=False).indices
-    places = (chosen[..., None] + groups * torch.arange(depth, device=scores.device)).flatten(-2)
-    rest = torch.arange(depth * groups, length, device=scores.device)
-    places = torch.cat([places, rest.expand(*places.shape[:-1], -1)], -1)
-    values, found = scores.gather(-1, places).topk(count, dim=-1)
-    return values, places.gather(-1, found)
 
 
 class _Inputs(NamedTuple):

@@ -1,5 +1,5 @@
-"""The calls of top_k_attention whose compiled code is watched: each dtype that computes differently, narrow and wide heads, with a mask
-of ranges, and without a selection.
+"""The calls of top_k_attention whose compiled code is watched: each dtype that computes differently, narrow and wide heads, and a mask
+of ranges.
 
 Owns: that choice. Does not own: compiling and measuring (kernels/tools.py). Called by: benchmarks/kernels/compile_table.py.
 
@@ -24,13 +24,13 @@ def _first(ranges: bool) -> Tensor | None:
     return torch.zeros(2, LENGTH, dtype=torch.int32) if ranges else None
 
 
-def launch_forward(dtype: torch.dtype, width: int, *, top_k: int = TOP_K, ranges: bool = False) -> None:
-    forward(*_inputs(dtype, width), _first(ranges), top_k=top_k, **OPTIONS)
+def launch_forward(dtype: torch.dtype, width: int, *, ranges: bool = False) -> None:
+    forward(*_inputs(dtype, width), _first(ranges), top_k=TOP_K, **OPTIONS)
 
 
-def launch_backward(dtype: torch.dtype, width: int, *, top_k: int = TOP_K, ranges: bool = False) -> None:
+def launch_backward(dtype: torch.dtype, width: int, *, ranges: bool = False) -> None:
     numbers = torch.empty(2, 4, LENGTH)
-    chosen = Chosen(numbers, numbers, numbers.int()) if top_k < LENGTH else Chosen(numbers, None, None)
+    chosen = Chosen(numbers, numbers, numbers.int())
     given = _inputs(dtype, width)
     backward(torch.empty_like(given[2]), *given, torch.empty_like(given[2]), chosen, _first(ranges), **OPTIONS)
 
@@ -39,7 +39,6 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = {
     "bf16, C 64": {"dtype": BF16, "width": 64},
     "bf16, C 64, ranges": {"dtype": BF16, "width": 64, "ranges": True},
-    "bf16, C 64, all keys": {"dtype": BF16, "width": 64, "top_k": LENGTH},
     "bf16, C 128": {"dtype": BF16, "width": 128},
     "fp16, C 76": {"dtype": FP16, "width": 76},
     "fp32, C 64": {"dtype": FP32, "width": 64},

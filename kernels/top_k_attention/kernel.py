@@ -1,20 +1,12 @@
 """Top-k attention on a GPU: the Triton kernels and the functions that launch them.
 
-Owns: the kernels, their tiles, the launches of the forward and of the backward pass. Does not own: autograd (op.py), checks (the public
-function), the bytes (traffic.py).
+Owns: the kernels of the attention, the tiles of all, the launches of the forward and of the backward pass. Does not own: the search
+(search.py), autograd (op.py), checks (the public function), the bytes (traffic.py).
 Called by: kernels/top_k_attention/op.py and forms.py.
 
-`_threshold_kernel` finds for each query the score of its top_k-th key; the others are flash attention (arXiv 2205.14135, 2307.08691) over
-the scores that reach it. Nothing of size S x M is written: what is kept of the selection are two numbers per query, `lowest`, the lowest
-score that is kept, and `last`, the highest key that is kept among those with just this score.
-
-The search keeps no list of keys. A tile of M x N scores goes along the keys, and for each of its places the `held` largest scores
-that were ever there stay in registers: that is 2 `held` - 1 minima and maxima per score, where merging into sorted lists takes some 70.
-The top_k-th largest of all held ones is the answer, unless one place has seen more than `held` of the best ones; as a bound from below
-it is never wrong. Where it is not the answer, a second sweep counts the scores above the bound and holds the lowest of them in
-the same way, and knows how many of these to leave out. Each sweep raises the bound. Places that hold 2 top_k scores in all end with
-the second sweep (2.0 sweeps, 2.2 at most, for random scores, 2,048 and 16,384 keys, top_k 32 to 256; places for top_k scores take 12
-to 16). Keys that are best at one place only, every 64th, cost a sweep for each `held` of them.
+`threshold_kernel` finds for each query the score of its top_k-th key; the others are flash attention (arXiv 2205.14135, 2307.08691)
+over the scores that reach it. Nothing of size S x M is written: what is kept of the selection are two numbers per query, `lowest`, the
+lowest score that is kept, and `last`, the highest key that is kept among those with just this score.
 
 All kernels make the scores of a tile by the same product of the same tile (M queries by N keys, all channels at once), so that a score
 is the same number, bit for bit, wherever it is compared.
@@ -36,12 +28,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.grouped_matmul.tiles import INTERPRETED
+from kernels.top_k_attention.search import threshold_kernel
+from kernels.top_k_attention.tiles import (
+    RUNTIME,
+    block_of,
+    dot,
+    key_range,
+    keys_seen,
+    load_rows,
+    score_tile,
+    store_rows,
+)
 from kernels.tuning import fastest, rounded
 
 LOG2_E = math.log2(math.e)
-LOWEST_ORDER = tl.constexpr(-2139095041)  # of -inf, see `_number`
-RUNTIME = ["num_queries", "num_keys", "num_heads", "top_k"]  # a length is not worth a compilation
 
 
 @dataclass(frozen=True)
@@ -56,61 +56,6 @@ class Tiles:
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
-    if INTERPRETED:  # its product of bf16 is wrong
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def _tile(rows, start, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Rows start .. start + BLOCK - 1 of (length, WIDTH), all columns, 0 outside. 64 bits: rows times width may exceed 2**31."""
-    i, c = tl.arange(0, BLOCK), tl.arange(0, BLOCK_WIDTH)
-    place = rows + tl.cast(start, tl.int64) * WIDTH + i[:, None] * WIDTH + c[None, :]
-    return tl.load(place, mask=(start + i < length)[:, None] & (c < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-def _store_tile(rows, start, length, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    i, c = tl.arange(0, BLOCK), tl.arange(0, BLOCK_WIDTH)
-    place = rows + tl.cast(start, tl.int64) * WIDTH + i[:, None] * WIDTH + c[None, :]
-    tl.store(place, value.to(rows.dtype.element_ty), mask=(start + i < length)[:, None] & (c < WIDTH)[None, :])
-
-
-@triton.jit
-def _seen(first, row, m0, num_queries, num_keys, num_heads, BLOCK_M: tl.constexpr):
-    """The keys that queries m0 .. see: low and high (M,), low > high where none. Queries beyond the last one see none."""
-    m = m0 + tl.arange(0, BLOCK_M)
-    high = tl.where(m < num_queries, m + num_keys - num_queries, -1)
-    low = tl.zeros((BLOCK_M,), tl.int32)
-    if first is not None:
-        low = tl.load(first + row // num_heads * num_queries + m, mask=m < num_queries, other=num_keys)
-    return low, high
-
-
-@triton.jit
-def _scores(
-    q,
-    keys,
-    n0,
-    low,
-    high,
-    num_keys,
-    C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """q @ k^T (M, N) before the scale, -inf at keys that a query does not see; and the keys."""
-    k = _tile(keys, n0, num_keys, C, BLOCK_N, BLOCK_C)
-    scores = _dot(q, tl.trans(k), PRECISION)
-    if (n0 < tl.max(low, 0)) | (n0 + BLOCK_N - 1 > tl.min(high, 0)):  # most tiles need no mask
-        n = (n0 + tl.arange(0, BLOCK_N))[None, :]
-        scores = tl.where((n >= low[:, None]) & (n <= high[:, None]), scores, float("-inf"))
-    return scores, k
-
-
-@triton.jit
 def _chosen(scores, n0, lowest, last, BLOCK_N: tl.constexpr):
     """The scores, -inf where a query does not keep the key. NaN stays: it has to be seen in the output."""
     scores = tl.where(scores < lowest[:, None], float("-inf"), scores)
@@ -118,139 +63,6 @@ def _chosen(scores, n0, lowest, last, BLOCK_N: tl.constexpr):
         n = (n0 + tl.arange(0, BLOCK_N))[None, :]
         scores = tl.where((scores == lowest[:, None]) & (n > last[:, None]), float("-inf"), scores)
     return scores
-
-
-@triton.jit
-def _insert(held, x):
-    """The largest len(held) of what came to each place so far, descending, with x among them."""
-    found = ()
-    for i in tl.static_range(len(held)):
-        found += (tl.maximum(held[i], x),)
-        x = tl.minimum(held[i], x)
-    return found
-
-
-@triton.jit
-def _count(held, bound, STRICT: tl.constexpr):
-    """(M,): how many of all that is held are above the bound (M,), or at it."""
-    count = tl.zeros(held[0].shape, tl.int32)
-    for i in tl.static_range(len(held)):
-        count += ((held[i] > bound[:, None]) if STRICT else (held[i] >= bound[:, None])).to(tl.int32)
-    return tl.sum(count, 1)
-
-
-@triton.jit
-def _number(order):
-    """The float32 at a place of the order of all float32, which is that of these int32."""
-    return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _largest(held, rank):
-    """(M,): the rank-th largest (from 1) of all that is held in a row; -inf where there are fewer. One bit of the order after the other."""
-    order = tl.zeros(rank.shape, tl.int32) + -2147483648
-    for bit in range(32):
-        tried = order ^ (tl.full([], 1, tl.int32) << (31 - bit))
-        order = tl.where(_count(held, _number(tried), STRICT=False) >= rank, tried, order)
-    return tl.where(order <= LOWEST_ORDER, float("-inf"), _number(order))
-
-
-@triton.jit
-def _search(
-    q, keys, low, high, start, end, num_keys, top_k,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(M,): the top_k-th largest score of each query, -inf if it sees fewer; and how many are at or above it, if it is not -inf."""
-    empty = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
-    wanted = tl.zeros((BLOCK_M,), tl.int32) + top_k
-    held = (empty,) * HELD
-    for n0 in range(start, end, BLOCK_N):
-        scores, _ = _scores(q, keys, n0, low, high, num_keys, C, BLOCK_N, BLOCK_C, PRECISION)
-        held = _insert(held, scores)
-    bound = _largest(held, wanted)
-    at_least = _count(held, bound, STRICT=False)
-    # What was let go is at most the least that its place holds: below the bound it does not matter. Nor where a query keeps all.
-    open_rows = tl.max(((tl.max(held[HELD - 1], 1) >= bound) & (high - low >= top_k)).to(tl.int32), 0)
-    while open_rows > 0:
-        above, at_least = tl.zeros((BLOCK_M,), tl.int32), tl.zeros((BLOCK_M,), tl.int32)
-        held = (empty,) * HELD  # the lowest ones above the bound, with the other sign
-        for n0 in range(start, end, BLOCK_N):
-            scores, _ = _scores(q, keys, n0, low, high, num_keys, C, BLOCK_N, BLOCK_C, PRECISION)
-            is_above = scores > bound[:, None]
-            above += tl.sum(is_above.to(tl.int32), 1)
-            at_least += tl.sum((scores >= bound[:, None]).to(tl.int32), 1)
-            held = _insert(held, tl.where(is_above, -scores, float("-inf")))
-        # The score is the `surplus`-th of those above. All below the complete bound are held, and so are fewer than `surplus` of them if
-        # the score is not among them: then it is that bound or above.
-        surplus = above - top_k + 1
-        complete = -tl.max(held[HELD - 1], 1)
-        found = -_largest(held, tl.maximum(surplus, 1))
-        at_least = tl.where(surplus < 1, at_least, above - _count(held, -found, STRICT=True))
-        bound = tl.where(surplus < 1, bound, tl.minimum(found, complete))
-        open_rows = tl.max(((surplus >= 1) & (found > complete)).to(tl.int32), 0)
-    return bound, at_least
-
-
-@triton.jit
-def _last_of_equals(
-    q, keys, low, high, start, end, num_keys, lowest, dropped,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(M,): the highest key with the score `lowest` after the `dropped` highest ones are left out. From the last tile to the first."""
-    last, seen = tl.full((BLOCK_M,), -1, tl.int32), tl.zeros((BLOCK_M,), tl.int32)
-    for back in range(0, end - start, BLOCK_N):
-        n0 = start + (end - start - 1) // BLOCK_N * BLOCK_N - back
-        scores, _ = _scores(q, keys, n0, low, high, num_keys, C, BLOCK_N, BLOCK_C, PRECISION)
-        equal = (scores == lowest[:, None]).to(tl.int32)
-        total = tl.sum(equal, 1)
-        after = (seen + total)[:, None] - tl.cumsum(equal, 1)  # equal ones at higher keys
-        n = (n0 + tl.arange(0, BLOCK_N))[None, :]
-        last = tl.maximum(last, tl.max(tl.where((equal > 0) & (after == dropped[:, None]), n, -1), 1))
-        seen += total
-    return last
-
-
-@triton.jit
-def _place(program, num_queries, BLOCK_M: tl.constexpr):
-    """The row and the first query of a program: the queries that see the most keys come first."""
-    blocks = tl.cdiv(num_queries, BLOCK_M)
-    return program // blocks, (blocks - 1 - program % blocks) * BLOCK_M
-
-
-@triton.jit
-def _reach(m0, low, num_queries, num_keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first key of the first tile, and the end of the keys, that a block of queries has to look at."""
-    end = num_keys - num_queries + tl.minimum(m0 + BLOCK_M, num_queries)
-    return tl.minimum(tl.min(low, 0), end) // BLOCK_N * BLOCK_N, end
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _threshold_kernel(
-    q, k, first, lowest, last, num_queries, num_keys, num_heads, top_k,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """lowest and last of each query: -inf and num_keys where it keeps all that it sees."""
-    row, m0 = _place(tl.program_id(0), num_queries, BLOCK_M)
-    low, high = _seen(first, row, m0, num_queries, num_keys, num_heads, BLOCK_M)
-    start, end = _reach(m0, low, num_queries, num_keys, BLOCK_M, BLOCK_N)
-    bound = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    end_of_equals = tl.zeros((BLOCK_M,), tl.int32) + num_keys
-    if tl.max(high - low, 0) >= top_k:
-        queries, keys = q + row.to(tl.int64) * num_queries * C, k + row.to(tl.int64) * num_keys * C
-        q_MC = _tile(queries, m0, num_queries, C, BLOCK_M, BLOCK_C)
-        bound, at_least = _search(
-            q_MC, keys, low, high, start, end, num_keys, top_k, C, BLOCK_M, BLOCK_N, BLOCK_C, HELD, PRECISION
-        )  # fmt: skip
-        dropped = tl.where(bound > float("-inf"), tl.maximum(at_least - top_k, 0), 0)
-        if tl.max(dropped, 0) > 0:
-            of_equals = _last_of_equals(
-                q_MC, keys, low, high, start, end, num_keys, bound, dropped, C, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION
-            )  # fmt: skip
-            end_of_equals = tl.where(dropped > 0, of_equals, end_of_equals)
-    m = m0 + tl.arange(0, BLOCK_M)
-    place = row.to(tl.int64) * num_queries + m
-    tl.store(lowest + place, bound, mask=m < num_queries)
-    tl.store(last + place, end_of_equals, mask=m < num_queries)
 
 
 @triton.jit
@@ -266,12 +78,12 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The output, and the logarithm to base 2 of the sum of powers, 0 for a query that sees nothing."""
-    row, m0 = _place(tl.program_id(0), num_queries, BLOCK_M)
-    low, high = _seen(first, row, m0, num_queries, num_keys, num_heads, BLOCK_M)
-    start, end = _reach(m0, low, num_queries, num_keys, BLOCK_M, BLOCK_N)
+    row, m0 = block_of(tl.program_id(0), num_queries, BLOCK_M)
+    low, high = keys_seen(first, row, m0, num_queries, num_keys, num_heads, BLOCK_M)
+    start, end = key_range(m0, low, num_queries, num_keys, BLOCK_M, BLOCK_N)
     base = row.to(tl.int64)
     queries, keys, values = q + base * num_queries * C, k + base * num_keys * C, v + base * num_keys * D
-    q_MC = _tile(queries, m0, num_queries, C, BLOCK_M, BLOCK_C)
+    q_MC = load_rows(queries, m0, num_queries, C, BLOCK_M, BLOCK_C)
     if lowest is not None:
         bound = _per_query(lowest, row, m0, num_queries, 0.0, BLOCK_M)
         end_of_equals = _per_query(last, row, m0, num_queries, 2147483647, BLOCK_M)
@@ -279,7 +91,7 @@ def _forward_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for n0 in range(start, end, BLOCK_N):
-        scores, _ = _scores(q_MC, keys, n0, low, high, num_keys, C, BLOCK_N, BLOCK_C, PRECISION)
+        scores, _ = score_tile(q_MC, keys, n0, low, high, num_keys, C, BLOCK_N, BLOCK_C, PRECISION)
         if lowest is not None:
             scores = _chosen(scores, n0, bound, end_of_equals, BLOCK_N)
         higher = tl.maximum(top, tl.max(scores, 1) * scale_2)
@@ -287,12 +99,12 @@ def _forward_kernel(
         powers = tl.exp2(scores * scale_2 - shift[:, None])
         fade = tl.exp2(top - shift)
         total = total * fade + tl.sum(powers, 1)
-        v_ND = _tile(values, n0, num_keys, D, BLOCK_N, BLOCK_D)
-        acc = acc * fade[:, None] + _dot(powers.to(v_ND.dtype), v_ND, PRECISION)
+        v_ND = load_rows(values, n0, num_keys, D, BLOCK_N, BLOCK_D)
+        acc = acc * fade[:, None] + dot(powers.to(v_ND.dtype), v_ND, PRECISION)
         top = higher
     sees = total != 0.0
     acc = acc / tl.where(sees, total, 1.0)[:, None]
-    _store_tile(output + base * num_queries * D, m0, num_queries, acc, D, BLOCK_M, BLOCK_D)
+    store_rows(output + base * num_queries * D, m0, num_queries, acc, D, BLOCK_M, BLOCK_D)
     m = m0 + tl.arange(0, BLOCK_M)
     of_row = tl.where(sees, top + tl.log2(tl.where(sees, total, 1.0)), 0.0)
     tl.store(log_sum + base * num_queries + m, of_row, mask=m < num_queries)
@@ -305,14 +117,14 @@ def _query_gradient_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of q, and mean = the sum of gradient * output of each query, for the other kernel."""
-    row, m0 = _place(tl.program_id(0), num_queries, BLOCK_M)
-    low, high = _seen(first, row, m0, num_queries, num_keys, num_heads, BLOCK_M)
-    start, end = _reach(m0, low, num_queries, num_keys, BLOCK_M, BLOCK_N)
+    row, m0 = block_of(tl.program_id(0), num_queries, BLOCK_M)
+    low, high = keys_seen(first, row, m0, num_queries, num_keys, num_heads, BLOCK_M)
+    start, end = key_range(m0, low, num_queries, num_keys, BLOCK_M, BLOCK_N)
     base = row.to(tl.int64)
     queries, keys, values = q + base * num_queries * C, k + base * num_keys * C, v + base * num_keys * D
-    q_MC = _tile(queries, m0, num_queries, C, BLOCK_M, BLOCK_C)
-    dy_MD = _tile(gradient + base * num_queries * D, m0, num_queries, D, BLOCK_M, BLOCK_D)
-    y_MD = _tile(output + base * num_queries * D, m0, num_queries, D, BLOCK_M, BLOCK_D)
+    q_MC = load_rows(queries, m0, num_queries, C, BLOCK_M, BLOCK_C)
+    dy_MD = load_rows(gradient + base * num_queries * D, m0, num_queries, D, BLOCK_M, BLOCK_D)
+    y_MD = load_rows(output + base * num_queries * D, m0, num_queries, D, BLOCK_M, BLOCK_D)
     of_row = tl.sum(dy_MD.to(tl.float32) * y_MD.to(tl.float32), 1)
     m = m0 + tl.arange(0, BLOCK_M)
     tl.store(mean + base * num_queries + m, of_row, mask=m < num_queries)
@@ -322,14 +134,14 @@ def _query_gradient_kernel(
     log_of_sum = _per_query(log_sum, row, m0, num_queries, 0.0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for n0 in range(start, end, BLOCK_N):
-        scores, k_NC = _scores(q_MC, keys, n0, low, high, num_keys, C, BLOCK_N, BLOCK_C, PRECISION)
+        scores, k_NC = score_tile(q_MC, keys, n0, low, high, num_keys, C, BLOCK_N, BLOCK_C, PRECISION)
         if lowest is not None:
             scores = _chosen(scores, n0, bound, end_of_equals, BLOCK_N)
         weights = tl.exp2(scores * scale_2 - log_of_sum[:, None])
-        v_ND = _tile(values, n0, num_keys, D, BLOCK_N, BLOCK_D)
-        d_scores = weights * (_dot(dy_MD, tl.trans(v_ND), PRECISION) - of_row[:, None])
-        acc += _dot(d_scores.to(k_NC.dtype), k_NC, PRECISION)
-    _store_tile(q_gradient + base * num_queries * C, m0, num_queries, acc * scale, C, BLOCK_M, BLOCK_C)
+        v_ND = load_rows(values, n0, num_keys, D, BLOCK_N, BLOCK_D)
+        d_scores = weights * (dot(dy_MD, tl.trans(v_ND), PRECISION) - of_row[:, None])
+        acc += dot(d_scores.to(k_NC.dtype), k_NC, PRECISION)
+    store_rows(q_gradient + base * num_queries * C, m0, num_queries, acc * scale, C, BLOCK_M, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -347,7 +159,7 @@ def _key_gradient_kernel(
     base = row.to(tl.int64)
     queries, keys, values = q + base * num_queries * C, k + base * num_keys * C, v + base * num_keys * D
     gradients = gradient + base * num_queries * D
-    v_ND = _tile(values, n0, num_keys, D, BLOCK_N, BLOCK_D)
+    v_ND = load_rows(values, n0, num_keys, D, BLOCK_N, BLOCK_D)
     dk_NC = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     dv_ND = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     end = num_queries
@@ -355,22 +167,22 @@ def _key_gradient_kernel(
         end = tl.load(until + row // num_heads * num_keys + tl.minimum(n0 + BLOCK_N, num_keys) - 1)
     start = tl.maximum(n0 - (num_keys - num_queries), 0) // BLOCK_M * BLOCK_M
     for m0 in range(start, end, BLOCK_M):
-        low, high = _seen(first, row, m0, num_queries, num_keys, num_heads, BLOCK_M)
-        q_MC = _tile(queries, m0, num_queries, C, BLOCK_M, BLOCK_C)
-        scores, _ = _scores(q_MC, keys, n0, low, high, num_keys, C, BLOCK_N, BLOCK_C, PRECISION)
+        low, high = keys_seen(first, row, m0, num_queries, num_keys, num_heads, BLOCK_M)
+        q_MC = load_rows(queries, m0, num_queries, C, BLOCK_M, BLOCK_C)
+        scores, _ = score_tile(q_MC, keys, n0, low, high, num_keys, C, BLOCK_N, BLOCK_C, PRECISION)
         if lowest is not None:
             bound = _per_query(lowest, row, m0, num_queries, 0.0, BLOCK_M)
             end_of_equals = _per_query(last, row, m0, num_queries, 2147483647, BLOCK_M)
             scores = _chosen(scores, n0, bound, end_of_equals, BLOCK_N)
         log_of_sum = _per_query(log_sum, row, m0, num_queries, 0.0, BLOCK_M)
         weights = tl.exp2(scores * scale_2 - log_of_sum[:, None])
-        dy_MD = _tile(gradients, m0, num_queries, D, BLOCK_M, BLOCK_D)
-        dv_ND += _dot(tl.trans(weights.to(dy_MD.dtype)), dy_MD, PRECISION)
+        dy_MD = load_rows(gradients, m0, num_queries, D, BLOCK_M, BLOCK_D)
+        dv_ND += dot(tl.trans(weights.to(dy_MD.dtype)), dy_MD, PRECISION)
         of_row = _per_query(mean, row, m0, num_queries, 0.0, BLOCK_M)
-        d_scores = weights * (_dot(dy_MD, tl.trans(v_ND), PRECISION) - of_row[:, None])
-        dk_NC += _dot(tl.trans(d_scores.to(q_MC.dtype)), q_MC, PRECISION)
-    _store_tile(k_gradient + base * num_keys * C, n0, num_keys, dk_NC * scale, C, BLOCK_N, BLOCK_C)
-    _store_tile(v_gradient + base * num_keys * D, n0, num_keys, dv_ND, D, BLOCK_N, BLOCK_D)
+        d_scores = weights * (dot(dy_MD, tl.trans(v_ND), PRECISION) - of_row[:, None])
+        dk_NC += dot(tl.trans(d_scores.to(q_MC.dtype)), q_MC, PRECISION)
+    store_rows(k_gradient + base * num_keys * C, n0, num_keys, dk_NC * scale, C, BLOCK_N, BLOCK_C)
+    store_rows(v_gradient + base * num_keys * D, n0, num_keys, dv_ND, D, BLOCK_N, BLOCK_D)
 
 
 @dataclass(frozen=True)
@@ -420,7 +232,7 @@ def thresholds(
     def launch(tiles: Tiles) -> None:
         blocks = _blocks(q_BHSC, 0, tiles)
         del blocks["D"], blocks["BLOCK_D"]
-        _threshold_kernel[(triton.cdiv(S, tiles.m) * B * H,)](
+        threshold_kernel[(triton.cdiv(S, tiles.m) * B * H,)](
             q_BHSC, k_BHMC, first_BS, lowest, last, S, k_BHMC.shape[2], H, top_k, **blocks, HELD=tiles.held, PRECISION=precision
         )  # fmt: skip
 
@@ -480,13 +292,12 @@ def _blocks(q_BHSC: Tensor, value_width: int, tiles: Tiles) -> dict[str, int]:
 def tiles_for(name: str, *, dtype: torch.dtype, width: int, top_k: int) -> list[Tiles]:
     """What is tried in "thresholds", "forward", "queries" and "keys", what is likely best first; m and n are the same in all of them.
 
-    Wide heads have thresholds of one stage: with two an MI300 spills 68 bytes.
+    The thresholds begin with one stage: with two an MI300 spills 4 bytes, and 68 with heads of 128.
     """
     m, n = (16, 32) if dtype == torch.float32 else (64, 64)
     held = max(4, triton.next_power_of_2(triton.cdiv(2 * top_k, n)))
     if name == "thresholds":
-        first = 1 if width > 64 else 2
-        return [Tiles(m, n, num_warps=8, num_stages=stages, held=held) for stages in (first, first + 1)]
+        return [Tiles(m, n, num_warps=8, num_stages=stages, held=held) for stages in (1, 2)]
     if dtype == torch.float32:
         return [Tiles(m, n, num_warps=4, num_stages=2)]
     return [

@@ -7,7 +7,7 @@ test_top_k_backward.py.
 import pytest
 import torch
 
-from kernels.top_k_attention.cpu import select_top_k
+from kernels.top_k_attention.selection import select_top_k
 from model.top_k_attention import top_k_attend
 from tests.model.build import normal
 from tests.model.top_k_by_hand import (
