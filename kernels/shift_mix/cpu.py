@@ -61,6 +61,7 @@ class _Mix(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient_BSD: Tensor) -> tuple[Tensor | None, ...]:
         u_BSD, a_X, b_X, first_BS = ctx.saved_tensors
+        gradient_BSD = gradient_BSD.contiguous()  # torch adds up other strides in another order
         of_u, of_a, of_b = ctx.needs_input_grad[:3]
         of_u_BSD = torch.empty_like(u_BSD) if of_u else None
         sums_2D = torch.zeros(2, u_BSD.shape[2], dtype=a_X.dtype, device=u_BSD.device)
