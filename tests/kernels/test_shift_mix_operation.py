@@ -52,6 +52,7 @@ def test_slices_with_their_own_shifts_are_read_and_written_once_together(interpr
     row = shape_of(OWN).row_bytes
     assert (sum(each.read for each in forward), sum(each.written for each in forward)) == (row + factors, row)
     assert sum(each.read for each in backward) == 2 * row + factors
+    assert sum(each.written for each in backward) == row + shape_of(OWN).sum_bytes
     assert all(launch.asked_to_write == launch.written for launch in found)
 
 
