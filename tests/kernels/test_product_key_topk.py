@@ -36,11 +36,11 @@ class Case:
     own: tuple[str, ...] = LEAVES
 
 
-# A tile has 16 tokens, 64 sub-keys and 32 of the width.
+# A tile has 16 tokens, 128 sub-keys and 16 of the width.
 CASES = {
     "T5_H2_K4_J7_C3": Case(5, 2, 4, 7, 3),
     "T37_H3_K16_J4_C40_one_query_and_all_pairs": Case(37, 3, 16, 4, 40, own=("keys",)),
-    "T17_H3_K9_J130_C33_one_set_of_keys_three_blocks": Case(17, 3, 9, 130, 33, own=("queries",)),
+    "T17_H3_K9_J130_C33_one_set_of_keys_two_blocks": Case(17, 3, 9, 130, 33, own=("queries",)),
     "T6_H2_K1_J5_C4_one_pick": Case(6, 2, 1, 5, 4),
     "T3_H1_K3_J2_C2_more_picks_than_keys": Case(3, 1, 3, 2, 2),
     "T1_H1_K1_J1_C1_scalars": Case(1, 1, 1, 1, 1),

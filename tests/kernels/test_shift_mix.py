@@ -162,6 +162,16 @@ def test_sixteen_bits_are_mixed_in_float32_and_rounded_once(dtype: torch.dtype, 
     assert (found["output"][:, 3:] == 2.0**-11).all()
 
 
+@every_boundary
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_sums_of_sixteen_bits_are_those_of_float32(boundary: str, backend: str, interpreted: Run) -> None:
+    inputs = make_inputs(Case(2, 40, 6, 2, (9,)), boundary, torch.float16)
+    call = interpreted if backend == "triton" else lambda function, *args: function(*args)
+    found, wanted = call(by_backend, inputs, backend), loop(inputs)
+    assert_same({name: found[name] for name in "ab"}, {name: wanted[name] for name in "ab"}, tolerance=4e-6)
+    assert_same({"u": found["u"]}, {"u": wanted["u"]}, tolerance=2.0**-11)
+
+
 def decoded(inputs: Inputs, backend: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Position after position with a ring: the outputs, and the ring at the end. u is a slice of wider rows."""
     (shift,), boundary = inputs["rest"]["shifts"], inputs["rest"]["boundary"]
