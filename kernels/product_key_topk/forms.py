@@ -61,10 +61,7 @@ NAMED = {
 
 FORMS = [
     *(Form(f"forward, {name}", partial(launch_forward, sizes)) for name, sizes in NAMED.items()),
-    *(
-        Form(f"forward, {PEER}, tiles {tiles}", partial(launch_forward, NAMED[PEER], tiles=tiles))
-        for tiles in (1, 2, 3)
-    ),
+    *(Form(f"forward, {PEER}, tiles {tiles}", partial(launch_forward, NAMED[PEER], tiles=tiles)) for tiles in (1, 2)),
     *(
         Form(f"backward, {name}", partial(launch_backward, NAMED[name]), can_spill=True)
         for name in (PEER, "H 4, K 8 of 155^2, C 206, own keys")

@@ -48,7 +48,7 @@ class Tiles:
     num_warps: int
 
 
-TILES = [Tiles(16, 128, 32, 4), Tiles(32, 64, 32, 4), Tiles(32, 128, 32, 8), Tiles(64, 64, 32, 8)]
+TILES = [Tiles(16, 128, 16, 4), Tiles(32, 64, 16, 4), Tiles(32, 64, 32, 4)]
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 Owns: that path. Does not own: checks (the public functions). Called by: kernels/shift_mix.
 
-Letters: B rows, S positions, D channels of u, X factors, W channels of a slice, s positions of a block.
+Letters: B rows, S positions, D channels of u, X factors, W channels of a slice, s positions of a block, h the first of them.
 """
 
 from collections.abc import Iterator
@@ -23,11 +23,10 @@ def mix(
 
 def step(u_BW: Tensor, ring_BRW: Tensor, a_X: Tensor, b_X: Tensor, *, place: int, source: int, boundary: str) -> Tensor:
     """(B, W): see kernel.launch_step."""
-    own = _wide(u_BW, a_X)
-    a_W, b_W = _per_channel(a_X, own), _per_channel(b_X, own)
-    y_BW = a_W * own
+    a_W, b_W = _per_channel(a_X, u_BW), _per_channel(b_X, u_BW)
+    y_BW = a_W * u_BW
     if source >= 0 or boundary != "zero":
-        y_BW = y_BW.addcmul(b_W, own if source < 0 else ring_BRW[:, source].to(own.dtype))
+        y_BW = y_BW.addcmul(b_W, u_BW if source < 0 else ring_BRW[:, source])
     ring_BRW[:, place] = u_BW.detach()
     return y_BW.to(u_BW.dtype)
 
@@ -48,12 +47,11 @@ class _Mix(torch.autograd.Function):
         y_BSD = torch.empty_like(u_BSD)
         for row, part, shift, start, end in _blocks(u_BSD, shifts):
             u_SW = u_BSD[row, :, part]
-            own_sW = _wide(u_SW[start:end], a_X)
             a_W, b_W = (_per_channel(each, u_BSD)[part] for each in (a_X, b_X))
-            mixed_sW = own_sW * a_W
+            mixed_sW = u_SW[start:end] * a_W  # in the factors' dtype, which is wider or the same
             first_s = None if first_BS is None else first_BS[row, start:end]
             earlier_sW, at = _earlier(u_SW, first_s, shift, start, end, boundary=boundary)
-            mixed_sW[at:].addcmul_(earlier_sW.to(own_sW.dtype), b_W)
+            mixed_sW[at:].addcmul_(earlier_sW, b_W)
             y_BSD[row, start:end, part] = mixed_sW
         return y_BSD
 
@@ -61,21 +59,24 @@ class _Mix(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient_BSD: Tensor) -> tuple[Tensor | None, ...]:
         u_BSD, a_X, b_X, first_BS = ctx.saved_tensors
+        gradient_BSD = gradient_BSD.contiguous()  # torch adds up other strides in another order
         of_u, of_a, of_b = ctx.needs_input_grad[:3]
         of_u_BSD = torch.empty_like(u_BSD) if of_u else None
-        sums_2D = torch.zeros(2, u_BSD.shape[2], dtype=a_X.dtype, device=u_BSD.device)
+        sums_2D = torch.zeros(2, u_BSD.shape[2], dtype=torch.promote_types(u_BSD.dtype, a_X.dtype), device=u_BSD.device)
         for row, part, shift, start, end in _blocks(u_BSD, ctx.shifts):
             gradient_SW = gradient_BSD[row, :, part]
-            own_sW, token_sW = _wide(gradient_SW[start:end], a_X), _wide(u_BSD[row, start:end, part], a_X)
+            own_sW, token_sW = gradient_SW[start:end], u_BSD[row, start:end, part].to(sums_2D.dtype)
             first_S = None if first_BS is None else first_BS[row]
-            w_sW = _later(gradient_SW, first_S, shift, start, end, boundary=ctx.boundary).to(own_sW.dtype)
+            w_hW = _later(gradient_SW, first_S, shift, start, end, boundary=ctx.boundary, dtype=sums_2D.dtype)
             if of_a or of_b:
                 sums_2D[0, part] += (own_sW * token_sW).sum(0)
-                sums_2D[1, part] += (w_sW * token_sW).sum(0)
+                sums_2D[1, part] += (w_hW * token_sW[: len(w_hW)]).sum(0)
             if of_u_BSD is not None:
                 a_W, b_W = (_per_channel(each, u_BSD)[part] for each in (a_X, b_X))
-                of_u_BSD[row, start:end, part] = (own_sW * a_W).addcmul_(w_sW, b_W)
-        sums_2X = sums_2D.view(2, len(a_X), -1).sum(2)
+                mixed_sW = own_sW * a_W
+                mixed_sW[: len(w_hW)].addcmul_(w_hW, b_W)
+                of_u_BSD[row, start:end, part] = mixed_sW
+        sums_2X = sums_2D.view(2, len(a_X), -1).sum(2).to(a_X.dtype)
         return of_u_BSD, sums_2X[0] if of_a else None, sums_2X[1] if of_b else None, None, None, None
 
 
@@ -103,39 +104,42 @@ def _earlier(
     source_s = position_s - shift
     begin_s = torch.zeros_like(source_s) if first_s is None else first_s
     outside_s = source_s < begin_s
+    if boundary == "zero":
+        outside_s = outside_s[at:]
+        return shifted_sW.masked_fill(outside_s[:, None], 0.0) if outside_s.any() else shifted_sW, at
     if not outside_s.any():
         return shifted_sW, at
-    if boundary == "zero":
-        return shifted_sW.masked_fill(outside_s[at:, None], 0.0), at
     stand_in_s = position_s if boundary == "self" else begin_s
     return u_SW.index_select(0, torch.where(outside_s, stand_in_s, source_s)), 0
 
 
-def _later(gradient_SW: Tensor, first_S: Tensor | None, shift: int, start: int, end: int, *, boundary: str) -> Tensor:
-    """w of a block: for each position the sum of the gradients of those that have been handed its token."""
+def _later(
+    gradient_SW: Tensor, first_S: Tensor | None, shift: int, start: int, end: int, *, boundary: str, dtype: torch.dtype
+) -> Tensor:
+    """w of a block: for each position the sum of the gradients of those that have been handed its token; of the first positions alone
+    where those behind have none.
+    """
     length = len(gradient_SW)
-    w_sW = torch.zeros_like(gradient_SW[start:end])
     heard = max(0, min(end, length - shift) - start)
-    w_sW[:heard] = gradient_SW[start + shift : start + shift + heard]
-    position_s = torch.arange(start, end, device=w_sW.device)
+    w_hW = gradient_SW[start + shift : start + shift + heard]
+    position_s = torch.arange(start, end, device=w_hW.device)
     if first_S is None:
-        first_S = torch.zeros(length, dtype=torch.int64, device=w_sW.device)
-    foreign_s = first_S[start + shift : start + shift + heard] > position_s[:heard]
-    if foreign_s.any():
-        w_sW[:heard].masked_fill_(foreign_s[:, None], 0.0)
+        first_S = torch.zeros(length, dtype=torch.int64, device=w_hW.device)
+    foreign_h = first_S[start + shift : start + shift + heard] > position_s[:heard]
+    if foreign_h.any():
+        w_hW = w_hW.masked_fill(foreign_h[:, None], 0.0)
+    if boundary == "zero":
+        return w_hW
+    w_sW = torch.zeros_like(gradient_SW[start:end], dtype=dtype)
+    w_sW[:heard] = w_hW
     if boundary == "self":
         outside_s = position_s - shift < first_S[start:end]
         w_sW += gradient_SW[start:end].masked_fill(~outside_s[:, None], 0.0)
     if boundary == "clamp":
         for begin in position_s[first_S[start:end] == position_s].tolist():
             others_s = first_S[begin : begin + shift] == begin
-            w_sW[begin - start] += gradient_SW[begin : begin + int(others_s.sum())].sum(0)
+            w_sW[begin - start] += gradient_SW[begin : begin + int(others_s.sum())].sum(0, dtype=dtype)
     return w_sW
-
-
-def _wide(rows: Tensor, factors_X: Tensor) -> Tensor:
-    """Mixed in the dtype of the factors, float32 at least."""
-    return rows.to(torch.promote_types(rows.dtype, factors_X.dtype))
 
 
 def _per_channel(factors_X: Tensor, rows: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Case:
     own: tuple[str, ...] = LEAVES
 
 
-# A tile has 16 tokens, 128 sub-keys and 32 of the width.
+# A tile has 16 tokens, 128 sub-keys and 16 of the width.
 CASES = {
     "T5_H2_K4_J7_C3": Case(5, 2, 4, 7, 3),
     "T37_H3_K16_J4_C40_one_query_and_all_pairs": Case(37, 3, 16, 4, 40, own=("keys",)),

@@ -13,7 +13,7 @@ from tests.kernels.compare import assert_same
 from tests.kernels.test_product_key_topk import LEAVES, NAMES, Case, Inputs, by_backend, loop, make_inputs
 
 Run = Callable[..., Any]
-# Two tiles of tokens, three blocks of the width in the product, two backward; every sub-key is chosen.
+# Two tiles of tokens, five blocks of the width in the product, two backward; every sub-key is chosen.
 OWN = Case(20, 2, 4, 5, 70)
 KEYS = Case(20, 2, 4, 5, 70, own=("keys",))
 QUERIES = Case(20, 2, 4, 5, 70, own=("queries",))
