@@ -44,7 +44,7 @@ def embedding_bag(
     if backend == "triton":
         from kernels.embedding_bag.op import embedding_bag_op
 
-        return embedding_bag_op(table_LD.contiguous(), gates_C.contiguous(), routes, dtype, adam)
+        return embedding_bag_op(table_LD, gates_C, routes, dtype, adam)
     if backend == "torch":
         from kernels.embedding_bag.cpu import bag
 

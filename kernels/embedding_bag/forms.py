@@ -10,7 +10,7 @@ import torch
 from kernels.table_rows.by_row import products, weighted_sums
 from kernels.tools import Form
 
-NUM_COPIES, NUM_ROWS, NUM_ENTRIES = 4096, 64, 1024
+NUM_COPIES, NUM_ROWS, NUM_ENTRIES = 8192, 64, 1024
 BF16, FP32 = torch.bfloat16, torch.float32
 
 

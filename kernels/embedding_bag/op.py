@@ -15,15 +15,15 @@ from torch import Tensor
 from kernels.row_adam import RowAdam
 from kernels.table_routes import TableRoutes
 from kernels.table_rows.by_row import weighted_sums
-from kernels.table_rows.op import of_adam, products_op, table_gradient
+from kernels.table_rows.op import contiguous, of_adam, of_no_adam, products_op, table_gradient
 
 
 def embedding_bag_op(
     table_LD: Tensor, gates_C: Tensor, routes: TableRoutes, dtype: torch.dtype, adam: RowAdam | None = None
 ) -> Tensor:
-    """(P, D) in `dtype`; see the public function. Table and gates contiguous."""
-    index = (routes.entry_C.contiguous(), routes.output_C.contiguous(), routes.order_C, routes.output_ends_P)
-    return forward_op(table_LD, gates_C, *index, dtype, *of_adam(adam))
+    """(P, D) in `dtype`; see the public function."""
+    tensors = (table_LD, gates_C, routes.entry_C, routes.output_C, routes.order_C, routes.output_ends_P)
+    return forward_op(*contiguous(*tensors), dtype, *of_adam(adam))
 
 
 @torch.library.custom_op("switchyard::embedding_bag", mutates_args=())
@@ -63,7 +63,7 @@ def _backward(ctx: Any, gradient_PD: Tensor) -> tuple[Any, ...]:
         of_table = table_gradient(
             table, gradient_PD, output_index, gates, entry, order, state=state, settings=ctx.settings
         )
-    return of_table, of_gates, *[None] * 5, [None] * ctx.num_state, [None] * len(ctx.settings)
+    return of_table, of_gates, *[None] * 5, *of_no_adam(ctx.num_state)
 
 
 forward_op.register_autograd(_backward, setup_context=_save)

@@ -61,8 +61,7 @@ def peer_experts(
     if backend == "triton":
         from kernels.peer_experts.op import experts_op
 
-        rows_RD, up_LD, down_LD, gates_C = (each.contiguous() for each in tensors)
-        return experts_op(rows_RD, up_LD, down_LD, gates_C, routes, activation, adam)
+        return experts_op(*tensors, routes, activation, adam)
     if backend == "torch":
         from kernels.peer_experts.cpu import experts
 
@@ -89,7 +88,7 @@ def peer_products(
     if backend == "triton":
         from kernels.peer_experts.op import products_op
 
-        return products_op(rows_RX.contiguous(), up_LX.contiguous(), routes, adam)
+        return products_op(rows_RX, up_LX, routes, adam)
     if backend == "torch":
         from kernels.peer_experts.cpu import products
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from kernels.peer_experts.kernel import backward, forward
 from kernels.row_adam import RowAdam
 from kernels.table_rows.by_entry import add_runs
-from kernels.table_rows.by_row import products, tiles_for, weighted_sums
+from kernels.table_rows.by_row import products, products_tiles, sums_tiles, weighted_sums
 from kernels.tools import Form
 
-NUM_COPIES, NUM_ROWS, NUM_ENTRIES = 4096, 64, 1024
+NUM_COPIES, NUM_ROWS, NUM_ENTRIES = 8192, 64, 1024
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -54,9 +54,9 @@ def launch_backward(width: int, rows: torch.dtype, tables: torch.dtype, *, relu:
 
 def launch_tiles(number: int) -> None:
     rows_RD, table_LD = _inputs(1024, BF16, BF16)
-    tiles = tiles_for(1024)[number]
-    products(rows_RD, table_LD, _index(), _ends(), tiles=tiles)
-    weighted_sums(table_LD, _numbers(), _index(), _ends(), dtype=BF16, tiles=tiles)
+    products(rows_RD, table_LD, _index(), _ends(), tiles=products_tiles(table_LD, NUM_COPIES // NUM_ROWS)[number])
+    if number < len(sums_tiles(table_LD)):
+        weighted_sums(table_LD, _numbers(), _index(), _ends(), dtype=BF16, tiles=sums_tiles(table_LD)[number])
 
 
 def launch_table(width: int, rows: torch.dtype, tables: torch.dtype, *, adam: bool = False) -> None:
@@ -72,10 +72,10 @@ FORMS = [
     Form("forward, fp16, D 2048", partial(launch_forward, 2048, FP16, FP16)),
     Form("forward, fp32, D 412", partial(launch_forward, 412, FP32, FP32)),
     Form("forward, bf16, 128 columns", partial(launch_forward, 128, BF16, BF16)),
-    *(Form(f"products and sums, bf16, D 1024, tiles {number}", partial(launch_tiles, number)) for number in (1, 2)),
+    *(Form(f"products and sums, bf16, D 1024, tiles {number}", partial(launch_tiles, number)) for number in (1, 2, 3)),
     Form("backward, bf16, D 1024", partial(launch_backward, 1024, BF16, BF16)),
     Form("backward, fp32, D 412, relu", partial(launch_backward, 412, FP32, FP32, relu=True)),
     Form("table gradient, bf16, D 1024", partial(launch_table, 1024, BF16, BF16)),
     Form("table gradient, fp32, D 412", partial(launch_table, 412, FP32, FP32)),
-    Form("Adam, bf16, tables fp32, D 1024", partial(launch_table, 1024, BF16, FP32, adam=True)),
+    Form("Adam, bf16, tables fp32, D 1024", partial(launch_table, 1024, BF16, FP32, adam=True), can_spill=True),
 ]

@@ -16,23 +16,23 @@ from kernels.peer_experts import kernel
 from kernels.row_adam import RowAdam
 from kernels.table_routes import TableRoutes
 from kernels.table_rows.by_row import products
-from kernels.table_rows.op import of_adam, sums_op, table_gradient
+from kernels.table_rows.op import contiguous, of_adam, of_no_adam, sums_op, table_gradient
 
 
 def experts_op(
     rows_RD: Tensor, up_LD: Tensor, down_LD: Tensor, gates_C: Tensor, routes: TableRoutes, activation: str,
     adam: tuple[RowAdam, RowAdam] | None = None,
 ) -> Tensor:  # fmt: skip
-    """(P, D); see the public function. Tensors contiguous. adam: of up and of down."""
-    index = (routes.entry_C.contiguous(), routes.row_C.contiguous(), routes.output_C.contiguous(), routes.order_C)
-    index += routes.row_ends_R, routes.output_ends_P
-    return forward_op(rows_RD, up_LD, down_LD, gates_C, *index, activation == "relu", *of_adam(*(adam or ())))[0]
+    """(P, D); see the public function. adam: of up and of down."""
+    tensors = (rows_RD, up_LD, down_LD, gates_C, routes.entry_C, routes.row_C, routes.output_C, routes.order_C)
+    ends = (routes.row_ends_R, routes.output_ends_P)
+    return forward_op(*contiguous(*tensors, *ends), activation == "relu", *of_adam(*(adam or ())))[0]
 
 
 def products_op(rows_RX: Tensor, up_LX: Tensor, routes: TableRoutes, adam: RowAdam | None = None) -> Tensor:
-    """z_C; see the public function. Tensors contiguous."""
-    index = (routes.entry_C.contiguous(), routes.row_C.contiguous(), routes.order_C, routes.row_ends_R)
-    return partial_op(rows_RX, up_LX, *index, *of_adam(adam))
+    """z_C; see the public function."""
+    tensors = (rows_RX, up_LX, routes.entry_C, routes.row_C, routes.order_C, routes.row_ends_R)
+    return partial_op(*contiguous(*tensors), *of_adam(adam))
 
 
 @torch.library.custom_op("switchyard::peer_experts", mutates_args=())
@@ -123,7 +123,7 @@ def _backward(ctx: Any, gradient_PD: Tensor, _: None) -> tuple[Any, ...]:
             down, gradient_PD, output, gated_C, entry, order, state=state[middle:], settings=ctx.settings[numbers:]
         )
     found = (rows_gradient if of_rows else None, up_gradient, down_gradient, gates_gradient if of_gates else None)
-    return *found, *[None] * 7, [None] * ctx.num_state, [None] * len(ctx.settings)
+    return *found, *[None] * 7, *of_no_adam(ctx.num_state)
 
 
 forward_op.register_autograd(_backward, setup_context=_save)
@@ -163,7 +163,7 @@ def _partial_backward(ctx: Any, gradient_C: Tensor) -> tuple[Any, ...]:
         of_rows = sums_op(up, gradient_C, entry, row_ends, rows.dtype)
     if ctx.needs_input_grad[1]:
         of_up = table_gradient(up, rows, row, gradient_C, entry, order, state=state, settings=ctx.settings)
-    return of_rows, of_up, *[None] * 4, [None] * ctx.num_state, [None] * len(ctx.settings)
+    return of_rows, of_up, *[None] * 4, *of_no_adam(ctx.num_state)
 
 
 partial_op.register_autograd(_partial_backward, setup_context=_save_partial)

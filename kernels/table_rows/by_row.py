@@ -9,6 +9,10 @@ row are one range, because copies come in the order of their rows. Both passes o
 the sum of gate * act(z) * down; backward c = dy . down, then the sum of dz * up. z, c and the weights between them pass through memory,
 4 bytes each beside the 2 D of a row, and the received rows need not be the output rows.
 
+Tiles are shaped so that nothing crosses a warp inside a loop. A thread loads 16 bytes at a time. In `products_kernel` warps lie along the
+copies, and a tile has fewer columns than threads, so that Triton has each of them load its own part of the row; in `sums_kernel` warps
+lie along the columns.
+
 Letters: C copies, L rows of the table, D columns; BLOCK_C copies and BLOCK_D columns in a tile.
 """
 
@@ -25,8 +29,9 @@ from torch import Tensor
 
 from kernels.tuning import fastest, rounded
 
-MAX_COLUMNS = 1024  # of a tile: a wider row is taken in pieces
-MAX_COPIES = 64
+LANE_BYTES, LANES = 16, 32  # what a thread loads at once, and the threads of a warp
+MAX_COLUMNS = 1024  # of a tile of sums_kernel: a wider row has several programs
+LOADS = 8  # of each thread for a tile of products_kernel, all of them under way at once
 
 
 @dataclass(frozen=True)
@@ -38,21 +43,29 @@ class Tiles:
     warps: int
 
 
-def tiles_for(width: int) -> list[Tiles]:
-    """What is tried, what is likely best first: 64, 32 and 128 numbers of the table for each thread."""
-    columns = min(MAX_COLUMNS, max(16, triton.next_power_of_2(width)))
-    return [
-        Tiles(min(MAX_COPIES, numbers // columns), columns, warps)
-        for numbers, warps in ((8192, 4), (4096, 4), (8192, 2))
-    ]
+def products_tiles(table_LD: Tensor, copies_per_row: int) -> list[Tiles]:
+    """What is tried, what is likely best first: the copies of a row at once, up to 128 in 16 bits; columns half as many as threads.
+
+    More columns read longer pieces of a row, 256 bytes in the first of them, which memory likes; fewer make smaller programs.
+    """
+    width, at_once = _power(table_LD.shape[1]), LOADS * LANE_BYTES // table_LD.itemsize
+    found = []
+    for columns, warps, loads in ((128, 8, 1), (128, 8, 2), (64, 4, 1), (256, 16, 2)):
+        columns = min(columns, width)
+        copies = min(LANES * warps * at_once // (columns * loads), _power(copies_per_row))
+        found.append(Tiles(copies, columns, warps))
+    return list(dict.fromkeys(found))
 
 
-@triton.jit
-def _rows_of(table, entry, copies, inside, d, D: tl.constexpr):
-    """The rows (BLOCK_C, BLOCK_D) of the table that the copies read, in float32; 64 bits, because L D may exceed 2**31."""
-    row = tl.load(entry + copies, mask=inside, other=0).to(tl.int64)
-    values = tl.load(table + row[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
-    return values.to(tl.float32)
+def sums_tiles(table_LD: Tensor) -> list[Tiles]:
+    """What is tried, what is likely best first."""
+    columns = min(MAX_COLUMNS, _power(table_LD.shape[1]))
+    warps = max(1, columns * table_LD.itemsize // (LANES * LANE_BYTES))
+    return [Tiles(copies, columns, warps) for copies in (8, 4, 16)]
+
+
+def _power(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
 
 
 @triton.jit
@@ -81,11 +94,15 @@ def products_kernel(
     for first in range(start, end, BLOCK_C):
         copies = first + tl.arange(0, BLOCK_C)
         inside = copies < end
-        found = tl.zeros([BLOCK_C], tl.float32)
+        read = tl.load(entry + copies, mask=inside, other=0).to(tl.int64)  # L * D may exceed 2**31
+        found = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
         for first_d in range(0, D, BLOCK_D):
             d = first_d + tl.arange(0, BLOCK_D)
             x = tl.load(rows + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-            found += tl.sum(_rows_of(table, entry, copies, inside, d, D) * x[None, :], 1)
+            of_table = table + read[:, None] * D + d[None, :]
+            values = tl.load(of_table, mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+            found += values * x[None, :]
+        found = tl.sum(found, 1)
         if gates is None:
             tl.store(products + copies, found, mask=inside)
         else:
@@ -111,13 +128,16 @@ def sums_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     start = tl.load(ends + row - 1, mask=row > 0, other=0)
     end = tl.load(ends + row)
-    total = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_D], tl.float32)
     for first in range(start, end, BLOCK_C):
         copies = first + tl.arange(0, BLOCK_C)
         inside = copies < end
         weight = tl.load(weights + copies, mask=inside, other=0.0)
-        total += weight[:, None] * _rows_of(table, entry, copies, inside, d, D)
-    tl.store(sums + row * D + d, tl.sum(total, 0).to(sums.dtype.element_ty), mask=d < D)
+        read = tl.load(entry + copies, mask=inside, other=0).to(tl.int64)
+        of_table = table + read[:, None] * D + d[None, :]
+        values = tl.load(of_table, mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(weight[:, None] * values, 0)
+    tl.store(sums + row * D + d, total.to(sums.dtype.element_ty), mask=d < D)
 
 
 @dataclass(frozen=True)
@@ -147,9 +167,10 @@ def products(
     gates_C = hidden_C = None
     if activation is not None:
         gates_C, hidden_C = activation.gates_C, activation.hidden_C
-    found_C = _numbers(entry_C)
     found = Products(
-        found_C, None if gates_C is None else _numbers(entry_C), None if hidden_C is None else _numbers(entry_C)
+        _numbers(entry_C),
+        gated_C=None if gates_C is None else _numbers(entry_C),
+        hidden_C=None if hidden_C is None else _numbers(entry_C),
     )
 
     def launch(tiles: Tiles) -> None:
@@ -159,7 +180,8 @@ def products(
         )  # fmt: skip
 
     if num_rows and len(entry_C):
-        launch(tiles or _fastest("products", launch, table_LD, entry_C, rows_RD.dtype, num_rows))
+        configs = products_tiles(table_LD, -(-len(entry_C) // num_rows))
+        launch(tiles or _fastest("products", configs, launch, table_LD, entry_C, rows_RD.dtype, num_rows))
     return found
 
 
@@ -176,7 +198,7 @@ def weighted_sums(
         )
 
     if num_rows:
-        launch(tiles or _fastest("sums", launch, table_LD, entry_C, dtype, num_rows))
+        launch(tiles or _fastest("sums", sums_tiles(table_LD), launch, table_LD, entry_C, dtype, num_rows))
     return sums_RD
 
 
@@ -185,7 +207,8 @@ def _numbers(entry_C: Tensor) -> Tensor:
 
 
 def _fastest(
-    name: str, launch: Callable[[Tiles], object], table_LD: Tensor, entry_C: Tensor, dtype: torch.dtype, num_rows: int
-) -> Tiles:
+    name: str, tiles: list[Tiles], launch: Callable[[Tiles], object], table_LD: Tensor, entry_C: Tensor, dtype: torch.dtype,
+    num_rows: int,
+) -> Tiles:  # fmt: skip
     key = (f"table {name}", rounded(len(entry_C)), rounded(num_rows), tuple(table_LD.shape), table_LD.dtype, dtype)
-    return fastest(tiles_for(table_LD.shape[1]), launch, key=key, device=table_LD.device)
+    return fastest(tiles, launch, key=key, device=table_LD.device)

@@ -88,7 +88,17 @@ def table_gradient(
     return None
 
 
+def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What the kernels take: other strides are copied."""
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
 def of_adam(*adams: RowAdam | None) -> tuple[list[Tensor], list[float]]:
     """State and settings of the RowAdams of an operation's tables, one after the other; nothing where there are none."""
     found = [adam for adam in adams if adam is not None]
     return [tensor for adam in found for tensor in adam.state], [number for adam in found for number in adam.settings]
+
+
+def of_no_adam(num_state: int) -> tuple[list[None], list[None] | None]:
+    """What a backward pass returns for state and settings: torch takes a list of tensors, and an empty one, for several inputs."""
+    return [None] * num_state, None if num_state else []

@@ -43,7 +43,7 @@ CASES = {
     "C30_D33_L6_three_entries_first_and_last": Case([6] * 5, 33, 6, only=[0, 2, 5]),
     "C26_D12_L10_other_received_rows": Case([9, 0, 5, 12], 12, 10, rows=7),
     "C5_D1_L1_scalars": Case([2, 3], 1, 1),
-    "C70_D3_L4_more_copies_than_a_tile": Case([70], 3, 4),
+    "C70_D3_L4_more_copies_than_a_tile": Case([0, 0, 69, 1, 0, 0], 3, 4),
     "C4_D1030_L3_wider_than_a_tile": Case([3, 1], 1030, 3),
     "C0_D8_L3_no_copies": Case([0, 0], 8, 3),
     "C0_D8_L3_no_rows": Case([], 8, 3),

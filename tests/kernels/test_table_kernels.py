@@ -211,8 +211,9 @@ def test_strides_and_the_width_of_the_entries_do_not_matter(interpreted: Run) ->
 def test_nan_stays_with_its_row_its_output_and_its_entries(interpreted: Run) -> None:
     inputs = make_inputs(Case([2, 2, 2], 8, 6))
     routes = TableRoutes.of(torch.arange(6), *[inputs["routes"].row_C] * 2, num_rows=3, num_outputs=3)
-    inputs = inputs | {"routes": routes}
-    inputs["rows"][1] = float("nan")
+    rows = inputs["rows"].clone()
+    rows[1] = float("nan")
+    inputs |= {"routes": routes, "rows": rows}
     found = interpreted(by_kernel, "experts", inputs)
     for name in ("output", "rows"):
         assert found[name].isnan().any(1).tolist() == [False, True, False], name
