@@ -1,5 +1,7 @@
 """Which variables say where a process stands, which combinations are refused, and which device is chosen."""
 
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,22 @@ SRUN = {
     "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
     "SLURM_STEP_NODELIST": "gpu-[03-04,07],big1",
 }
+# what srun --mpi=pmi2 adds
+PMI2 = {"PMI_RANK": "4", "PMI_SIZE": "5", "PMI_FD": "9", "PMI_JOBID": "77.0"}
+STARTERS = {"torchrun": TORCHRUN, "deepspeed": DEEPSPEED, "openmpi": OPENMPI, "mpich": MPICH, "srun": SRUN}
+# of these two the presence is no news: they tell only that the launcher itself has been here
+MARKS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE", "CROSS_RANK")
+
+
+def without(environ: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name not in names}
+
+
+def refused(environ: dict[str, str]) -> str:
+    with pytest.raises(ValueError) as caught:
+        read_environment(environ)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +83,9 @@ SRUN = {
         ({**SRUN, **TORCHRUN}, (3, 4, 1, 2), ("node7", 1234), "torchrun"),
         ({**OPENMPI, **DEEPSPEED}, (1, 2, 1, 2), ("127.0.0.1", 29500), "deepspeed"),
         ({**SRUN, **OPENMPI}, (2, 4, 2, 4), ("127.0.0.1", 29500), "openmpi"),
+        ({**SRUN, **MPICH}, (2, 4, 2, 4), ("127.0.0.1", 29500), "mpich"),
+        ({**SRUN, **MPICH, **DEEPSPEED}, (1, 2, 1, 2), ("127.0.0.1", 29500), "deepspeed"),
+        ({**SRUN, **PMI2}, (4, 5, 0, 1), ("gpu-03", 20077), "srun"),
         # variables exported by hand that say the same are no contradiction
         ({**OPENMPI, "WORLD_SIZE": "4"}, (2, 4, 2, 4), ("127.0.0.1", 29500), "openmpi"),
         (
@@ -127,18 +148,40 @@ def test_visible_gpus_end_where_cuda_ends_them(setting: str | None, gpus: tuple[
     assert visible_gpus({} if setting is None else {"CUDA_VISIBLE_DEVICES": setting}) == gpus
 
 
-def without(environ: dict[str, str], *names: str) -> dict[str, str]:
-    return {name: value for name, value in environ.items() if name not in names}
+@pytest.mark.parametrize(
+    ("starter", "name"),
+    [
+        (starter, name)
+        for starter, environ in STARTERS.items()
+        for name in environ
+        if name not in (*MARKS, "SLURM_NTASKS")
+    ],
+)
+def test_a_variable_that_is_missing_is_named(starter: str, name: str) -> None:
+    """And never makes a run of its own of each process."""
+    told = refused(without(STARTERS[starter], name))
+    assert re.search(rf"the environment is half set: .*(without|but) {name}\b.*: start with", told), told
 
 
 @pytest.mark.parametrize(
     ("environ", "parts"),
     [
+        # several machines by mpirun, which does not say where rank 0 is
+        ({**OPENMPI, "OMPI_COMM_WORLD_SIZE": "8"}, ["several machines", "without MASTER_ADDR and MASTER_PORT"]),
+        ({**MPICH, "PMI_SIZE": "8", "MASTER_ADDR": "node7"}, ["several machines", "without MASTER_PORT"]),
+        # another MPI's process manager, or what is left of one
+        (
+            without(MPICH, "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+            ["PMI_RANK=2", "without MPI_LOCALRANKID, MPI_LOCALNRANKS"],
+        ),
+        (without(MPICH, "PMI_RANK", "PMI_SIZE"), ["MPI_LOCALRANKID=2", "without PMI_RANK, PMI_SIZE"]),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, ["OMPI_COMM_WORLD_SIZE=4", "without OMPI_COMM_WORLD_RANK"]),
+        ({"TORCHELASTIC_RUN_ID": "x", **SRUN}, ["torchrun without RANK, WORLD_SIZE, LOCAL_RANK"]),
         ({"RANK": "0"}, ["half set", "RANK=0", "without WORLD_SIZE, LOCAL_RANK"]),
         ({"WORLD_SIZE": "2"}, ["half set", "WORLD_SIZE=2", "without RANK"]),
         ({"LOCAL_RANK": "0"}, ["half set", "LOCAL_RANK=0", "unset"]),
         (without(TORCHRUN, "LOCAL_RANK"), ["half set", "RANK=3", "without LOCAL_RANK"]),
-        (without(TORCHRUN, "MASTER_ADDR"), ["MASTER_ADDR", "several machines"]),
+        (without(TORCHRUN, *MASTER), ["several machines", "without MASTER_ADDR and MASTER_PORT"]),
         (without(OPENMPI, "OMPI_COMM_WORLD_SIZE"), ["half set", "without OMPI_COMM_WORLD_SIZE"]),
         (without(SRUN, "SLURM_LOCALID"), ["half set", "without SLURM_LOCALID"]),
         ({**TORCHRUN, "RANK": "4"}, ["contradicts itself", "RANK=4", "WORLD_SIZE=4", "rank must be below"]),
@@ -148,6 +191,7 @@ def without(environ: dict[str, str], *names: str) -> dict[str, str]:
             {**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
             ["MASTER_ADDR and MASTER_PORT"],
         ),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x2),?,1"}, ["SLURM_STEP_TASKS_PER_NODE", "2(x2),?,1"]),
         ({**SRUN, "SLURM_NODEID": "3"}, ["SLURM_STEP_TASKS_PER_NODE", "2(x2),1", "SLURM_NODEID is 3"]),
         # every process of an mpirun or srun would take itself for the exported rank
         (
@@ -158,11 +202,49 @@ def without(environ: dict[str, str], *names: str) -> dict[str, str]:
     ],
 )
 def test_half_set_and_contradictory_environments_name_the_variables(environ: dict[str, str], parts: list[str]) -> None:
-    with pytest.raises(ValueError) as caught:
-        read_environment(environ)
-    message = str(caught.value)
+    message = refused(environ)
     assert all(part in message for part in parts), message
-    assert "\n" not in message
+
+
+# inner and outer starter -> what cannot both be true of one process
+CONTRADICTIONS = {
+    # both write RANK, of which only the last is left; their own marks are not
+    ("torchrun", "deepspeed"): ("LOCAL_WORLD_SIZE", "2", "LOCAL_SIZE", "1"),
+    # RANK by hand: of a launcher's own, whose mark is there, the one further up may differ
+    ("torchrun", "openmpi"): ("RANK", "3", "OMPI_COMM_WORLD_RANK", "2"),
+    ("torchrun", "mpich"): ("RANK", "3", "PMI_RANK", "2"),
+    ("torchrun", "srun"): ("RANK", "3", "SLURM_PROCID", "2"),
+    ("deepspeed", "openmpi"): ("RANK", "1", "OMPI_COMM_WORLD_RANK", "2"),
+    ("deepspeed", "mpich"): ("RANK", "1", "PMI_RANK", "2"),
+    ("deepspeed", "srun"): ("RANK", "1", "SLURM_PROCID", "2"),
+    ("openmpi", "mpich"): ("OMPI_COMM_WORLD_RANK", "2", "PMI_RANK", "3"),
+    # more than one task of srun on the node: these are no helpers of mpirun
+    ("openmpi", "srun"): ("OMPI_COMM_WORLD_SIZE", "4", "SLURM_STEP_NUM_TASKS", "5"),
+    ("mpich", "srun"): ("PMI_SIZE", "4", "SLURM_STEP_NUM_TASKS", "5"),
+}
+
+
+def test_every_pair_of_starters_has_its_contradiction() -> None:
+    assert set(CONTRADICTIONS) == set(itertools.combinations(STARTERS, 2))
+
+
+@pytest.mark.parametrize("pair", CONTRADICTIONS, ids="-".join)
+def test_two_starters_that_contradict_each_other_are_named(pair: tuple[str, str]) -> None:
+    inner, outer = pair
+    ours, our_value, theirs, their_value = CONTRADICTIONS[pair]
+    environ = {**STARTERS[outer], **without(STARTERS[inner], *MARKS), ours: our_value, theirs: their_value}
+    if outer == "srun":
+        environ |= {"SLURM_NODEID": "1", "SLURM_PROCID": "2"}
+    told = refused(environ)
+    assert f"{ours}, set by {inner}, is {our_value}" in told or told.startswith(f"{ours} is {our_value}, but ")
+    assert f"{theirs}, set by {outer}, is {their_value}" in told
+    assert "unset" in told
+
+
+def test_starters_that_give_the_same_place_are_no_contradiction() -> None:
+    same = {"PMI_RANK": "2", "PMI_SIZE": "5", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
+    assert read_environment({**SRUN, **same, **MASTER, "SLURM_NODEID": "1", "SLURM_PROCID": "2"}).rank == 2
+    assert read_environment({**OPENMPI, **MPICH}).launcher == "openmpi"
 
 
 @pytest.mark.parametrize(
