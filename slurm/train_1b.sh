@@ -61,12 +61,26 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 # ---- are the nodes well? A bad one is excluded from the job, which goes back into the queue ----
 exclude_and_requeue() { # a comma list of nodes
     trap '' TERM # requeueing ends this script; the lines after it need a moment
-    local excluded
-    excluded=$(scontrol show job "$JOB" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | grep -v '(null)' || true)
-    scontrol requeuehold "$JOB" # a job that runs cannot be changed
-    scontrol update jobid="$JOB" ExcNodeList="$1${excluded:+,$excluded}" || say "$1 cannot be excluded"
-    scontrol release "$JOB" || say "the job is held: scontrol release $JOB"
-    sleep 60 # the requeue ends this script
+    local all
+    all=$(scontrol show job "$JOB" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | grep -v '(null)' || true)
+    all=$1${all:+,$all}
+    if ! scontrol requeuehold "$JOB"; then # a job that runs cannot be changed
+        say "stopped: the job cannot be requeued (see above); to go on: sbatch --exclude=$all with the same RUN_DIR"
+    elif ! scontrol update jobid="$JOB" ExcNodeList="$all"; then # released, it would start on the bad node again and again
+        say "held: $1 cannot be excluded (see above); to go on: scancel $JOB, then sbatch --exclude=$all with the same RUN_DIR"
+    elif ! scontrol release "$JOB"; then
+        say "held: to go on: scontrol release $JOB"
+    else
+        sleep 60 # the requeue ends this script
+    fi
+    exit 1
+}
+requeue() {
+    if ! scontrol requeue "$JOB"; then
+        say "stopped: the job cannot be requeued (see above); to go on: sbatch with the same RUN_DIR"
+    else
+        sleep 60 # the requeue ends this script
+    fi
     exit 1
 }
 mkdir -p "$RUN_DIR"
@@ -82,9 +96,7 @@ if [ "${PREFLIGHT:-1}" = 1 ]; then
         exclude_and_requeue "$(cat "$BAD")"
     elif [ "$rc" = 143 ]; then # SIGTERM came before the training had begun
         say "asked to end during the preflight; the job goes back into the queue"
-        scontrol requeue "$JOB"
-        sleep 60 # the requeue ends this script
-        exit 1
+        requeue
     elif [ "$rc" != 0 ]; then
         say "stopped: the preflight ended with $rc, and no node can be blamed for it (see above)"
         exit 1
@@ -150,9 +162,7 @@ if [ "$ended_from_outside" = 1 ]; then
     exit "$rc"
 elif [ "$rc" = 85 ]; then
     say "ended early at $(newest); the job goes back into the queue"
-    scontrol requeue "$JOB"
-    sleep 60 # the requeue ends this script
-    exit "$rc"
+    requeue
 elif [ "$rc" = 0 ] && [ -f "$RUN_DIR/done" ]; then
     say "done: $(cat "$RUN_DIR/done")"
 elif [ "$rc" = 0 ]; then

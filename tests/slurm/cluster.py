@@ -54,7 +54,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,bf_resolu
 ReturnToService=2
 KillWait=60
 SlurmctldTimeout=10
-SlurmdTimeout=15
+SlurmdTimeout={slurmd_timeout_s}
 GresTypes=gpu
 {nodes}
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -79,8 +79,8 @@ class JobState:
 class Cluster:
     """Nodes n1, n2, ... Everything it runs has a time limit."""
 
-    def __init__(self, base: Path, *, num_nodes: int) -> None:
-        self.base = base
+    def __init__(self, base: Path, *, num_nodes: int, slurmd_timeout_s: int = 15) -> None:
+        self.base, self.slurmd_timeout_s = base, slurmd_timeout_s
         self.nodes = [f"n{number + 1}" for number in range(num_nodes)]
         self.has_namespaces = os.geteuid() == 0
         self._prefix = f"sy{os.getpid()}-"
@@ -156,17 +156,6 @@ class Cluster:
         """To the job's steps; how: --batch, --full."""
         self.on(LOGIN, "scancel", f"--signal={name}", *how, str(job))
 
-    @contextlib.contextmanager
-    def hidden(self, node: str, folder: Path) -> Iterator[None]:
-        """Inside, `folder` is empty on this node alone. Needs namespaces."""
-        slurmd = (self.base / f"slurmd-{node}.pid").read_text().strip()
-        there = ["nsenter", f"--mount=/proc/{slurmd}/ns/mnt"]
-        subprocess.run([*there, "mount", "-t", "tmpfs", "none", str(folder)], check=True, timeout=30)
-        try:
-            yield
-        finally:
-            subprocess.run([*there, "umount", str(folder)], check=True, timeout=30)
-
     def start_node(self, node: str) -> None:
         self.on(node, *(("slurmd",) if self.has_namespaces else ("slurmd", "-N", node)))
 
@@ -175,6 +164,16 @@ class Cluster:
         pids = subprocess.run(["ip", "netns", "pids", self._prefix + node], text=True, capture_output=True, timeout=30)
         for pid in pids.stdout.split():
             _kill(int(pid), signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def cut_off(self, node: str) -> Iterator[None]:
+        """Inside, nothing reaches the node and nothing comes from it, not even a refusal. Needs namespaces."""
+        link = ["ip", "-n", self._prefix + LOGIN, "link", "set", f"v{node}"]
+        subprocess.run([*link, "down"], check=True, timeout=30)
+        try:
+            yield
+        finally:
+            subprocess.run([*link, "up"], check=True, timeout=30)
 
     def wait_for_nodes(self, *, limit_s: float = START_S) -> None:
         def are_idle() -> bool:
@@ -235,16 +234,17 @@ class Cluster:
             (self.base / "dev" / f"gpu{number}").touch()
         gpus = f"NodeName={','.join(self.nodes)} Name=gpu File={self.base}/dev/gpu[0-7]\n"
         (self.base / "gres.conf").write_text(gpus)
-        text = CONF.format(base=self.base, controller=controller, port=port, user=_user(), nodes="\n".join(nodes))
+        values = {"base": self.base, "slurmd_timeout_s": self.slurmd_timeout_s, "user": _user()}
+        text = CONF.format(controller=controller, port=port, nodes="\n".join(nodes), **values)
         (self.base / "slurm.conf").write_text(text)
 
 
 @contextlib.contextmanager
-def open_cluster(*, num_nodes: int) -> Iterator[Cluster]:
-    """A cluster whose nodes are idle."""
+def open_cluster(*, num_nodes: int, slurmd_timeout_s: int = 15) -> Iterator[Cluster]:
+    """A cluster whose nodes are idle. slurmd_timeout_s: after which SLURM by itself takes a node for dead; 300 on most sites."""
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)  # munged refuses a folder above its socket that others cannot enter, as pytest's are
-        cluster = Cluster(Path(folder), num_nodes=num_nodes)
+        cluster = Cluster(Path(folder), num_nodes=num_nodes, slurmd_timeout_s=slurmd_timeout_s)
         try:
             cluster.start()
             yield cluster

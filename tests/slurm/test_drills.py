@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from tests.slurm.cluster import JobState, wait_until
-from tests.slurm.jobs import Jobs, train_here
+from tests.slurm.cluster import LOGIN, JobState, wait_until
+from tests.slurm.jobs import START_S, Jobs, train_here
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ENDLESS = ("run.steps=100000",)
@@ -23,6 +23,39 @@ def test_ten_preemptions_in_a_row_lose_nothing(jobs: Jobs, pool):
     config = jobs.config.model_copy(update={"run": jobs.config.run.model_copy(update={"steps": 300})})
     pool(4).run(train_here, config, "here", 4, 2, timeout=400)
     assert jobs.losses("often") == jobs.losses("here")
+
+
+def test_a_job_that_is_asked_to_end_during_the_preflight_comes_back_and_a_cancelled_one_does_not(jobs: Jobs):
+    job = jobs.submit("early", sets=("run.steps=4",), PREFLIGHT="1")
+    in_preflight(jobs, job)
+    jobs.cluster.signal(job, "TERM")
+    state = jobs.wait(job, limit_s=300)
+    log = jobs.log("early")
+    assert (state.state, state.restarts) == ("COMPLETED", 1), log
+    assert "asked to end during the preflight; the job goes back into the queue" in log
+    assert "restart 1] done: step 4" in log
+    assert not list(jobs.folder.glob(".preflight-*")), "what the killed one has left"
+
+    job = jobs.submit("ended", sets=("run.steps=4",), PREFLIGHT="1")
+    in_preflight(jobs, job)
+    jobs.cluster.on(LOGIN, "scancel", str(job))
+    state = jobs.wait(job)
+    assert (state.state, state.restarts) == ("CANCELLED", 0), jobs.log("ended")
+
+
+def in_preflight(jobs: Jobs, job: int) -> None:
+    """Until the nodes write to each other."""
+    wait_until(lambda: list(jobs.folder.glob(f".preflight-{job}.*/*")), limit_s=START_S)
+
+
+def test_two_bad_nodes_one_after_the_other_are_both_excluded(jobs: Jobs):
+    """The second start, on n2 and n3, finds n3 bad; the third has n2 alone."""
+    job = jobs.submit("bad", "--nodes=1-2", sets=("run.steps=4",), **jobs.blind_on("n1", "n3"))
+    state = jobs.wait(job, limit_s=400)
+    log = jobs.log("bad")
+    assert (state.state, state.restarts, state.nodes) == ("COMPLETED", 2, "n2"), log
+    assert re.findall("bad nodes: (n.); they are excluded", log) == ["n1", "n3"]
+    assert sorted(state.fields["ExcNodeList"].split(",")) in (["n1", "n3"], ["n[1", "3]"])
 
 
 def since_start(jobs: Jobs, name: str, number: int) -> str:

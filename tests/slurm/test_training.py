@@ -103,12 +103,9 @@ def test_mpirun_starts_the_ranks_too(jobs: Jobs):
 
 
 def test_a_node_that_the_preflight_finds_bad_is_excluded_and_the_others_train(jobs: Jobs):
-    """n1 does not see the shards. Where there are no namespaces, no node can be made blind: then this is what needs root."""
-    if not jobs.cluster.has_namespaces:
-        pytest.skip("a folder is hidden from one node by a mount, which needs root")
-    with jobs.cluster.hidden("n1", jobs.folder / "shards"):
-        job = jobs.submit("bad", sets=("run.steps=4",), PREFLIGHT="1")
-        state = jobs.wait(job, limit_s=300)
+    """n1 does not see the shards."""
+    job = jobs.submit("bad", sets=("run.steps=4",), **jobs.blind_on("n1"))
+    state = jobs.wait(job, limit_s=300)
     log = jobs.log("bad")
     assert (state.state, state.restarts, state.nodes) == ("COMPLETED", 1, "n[2-3]"), log
     assert "bad nodes: n1; they are excluded and the job goes back into the queue" in log
