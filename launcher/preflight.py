@@ -6,6 +6,7 @@ train/node_verdict.py's and train/node_network.py's. Started by a batch script w
 
 import argparse
 import os
+import shutil
 import socket
 import sys
 import time
@@ -162,6 +163,7 @@ def _preflight(config: "Config", info: "ProcessInfo", args: argparse.Namespace) 
         names = _names(facts, info)
         plan, store, problems = None, None, []
         if meeting.leads(facts):
+            _remove_earlier(folder, info)
             limits = Limits(gpus, args.min_gpu_gb, args.min_host_gb, patience_s)
             problems = judge(facts, seen, names=names, limits=limits, place=str(folder.parent.resolve()))
             backend = "nccl" if gpus != 0 and all(node.gpus for node in facts.values()) else "gloo"
@@ -198,6 +200,13 @@ def _meet(shared: Path, info: "ProcessInfo", patience_s: float) -> tuple["Meetin
     name = f"{info.job}.{info.step}-{info.restarts}" if info.launcher == "srun" else f"{info.node}-{os.getpid()}"
     folder = shared / f".preflight-{name}"
     return FolderMeeting(folder, rank=info.rank, size=info.world_size), folder
+
+
+def _remove_earlier(folder: Path, info: "ProcessInfo") -> None:
+    """What starts of this job before the present one have left: they were killed while they met."""
+    for left in folder.parent.glob(f".preflight-{info.job}.*-*"):
+        if int(left.name.rpartition("-")[2]) < info.restarts:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _names(facts: "Mapping[int, NodeFacts]", info: "ProcessInfo") -> list[str]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
+PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"  # which a plain user may not have
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 30.0
 LOGIN = "login"  # where slurmctld runs and commands are typed
@@ -83,8 +84,8 @@ class Cluster:
         self.base, self.slurmd_timeout_s = base, slurmd_timeout_s
         self.nodes = [f"n{number + 1}" for number in range(num_nodes)]
         self.has_namespaces = os.geteuid() == 0
-        self._prefix = f"sy{os.getpid()}-"
-        self._environ = os.environ | {"SLURM_CONF": str(base / "slurm.conf")}
+        self._prefix = f"{base.name}-"
+        self._environ = os.environ | {"SLURM_CONF": str(base / "slurm.conf"), "PATH": PATH}
 
     def start(self) -> None:
         """RuntimeError if the nodes are not idle in time, with the controller's last words."""
@@ -254,8 +255,7 @@ def open_cluster(*, num_nodes: int, slurmd_timeout_s: int = 15) -> Iterator[Clus
 
 def missing() -> list[str]:
     """The programs that are not installed."""
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+    return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
 
 
 def wait_until(condition: Callable[[], Any], *, limit_s: float) -> Any:

@@ -16,6 +16,8 @@ from tests.slurm.cluster import Cluster, JobState, wait_until
 from train.config import Config
 from train.run import run
 
+ONE_EACH = "--ntasks-per-node=1"  # half the processes to start, where it is not about ranks of one node
+ENDLESS = ("run.steps=100000",)
 START_S = 180.0  # from submission to the first step: 12 s on an idle machine, ten times that on a busy one
 
 
@@ -78,6 +80,14 @@ class Jobs:
         path = self.folder / name / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
+
+    def wait_for_start(self, name: str, *, restart: int, limit_s: float = START_S) -> None:
+        """Of the training, after so many requeues."""
+        wait_until(lambda: f"restart {restart}] start on" in self.log(name), limit_s=limit_s)
+
+    def of_steps(self, steps: int) -> Config:
+        """The config with another length."""
+        return self.config.model_copy(update={"run": self.config.run.model_copy(update={"steps": steps})})
 
     def log(self, name: str) -> str:
         """Of all jobs of the name."""
