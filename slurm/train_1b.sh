@@ -135,7 +135,7 @@ deepspeed)
     COMMAND=("${SRUN[@]}" "${ONE_EACH[@]}" bash -c '"$0" --no_ssh --node_rank="$SLURM_NODEID" "$@"' "${PYTHON%/*}/deepspeed"
         --hostfile="$HOSTFILE" --master_addr="$MASTER" --master_port="$PORT" "${TRAINER[@]}") ;;
 mpirun)
-    export MASTER_ADDR=$MASTER MASTER_PORT=$PORT # MPI does not say where rank 0 is
+    export MASTER_ADDR=${MASTER_ADDR:-$MASTER} MASTER_PORT=${MASTER_PORT:-$PORT} # MPI does not say where rank 0 is
     COMMAND=("$MPIRUN" -n "$((SLURM_NNODES * SLURM_NTASKS_PER_NODE))" "$PYTHON" "${TRAINER[@]}")
     ;;
 *)

@@ -169,12 +169,19 @@ class Cluster:
     @contextlib.contextmanager
     def cut_off(self, node: str) -> Iterator[None]:
         """Inside, nothing reaches the node and nothing comes from it, not even a refusal. Needs namespaces."""
-        link = ["ip", "-n", self._prefix + LOGIN, "link", "set", f"v{node}"]
-        subprocess.run([*link, "down"], check=True, timeout=30)
+        there = self._ip(node, "-oneline", "addr", "show", "eth0")
+        address, mac = (
+            re.findall(r"inet (\S+)/24", there)[0],
+            self._ip(node, "link", "show", "eth0").split("ether ")[1][:17],
+        )
+        # as behind a router: who does not find its card would be told so by the own kernel after 3 s
+        for host, device in ((LOGIN, "br0"), *((other, "eth0") for other in self.nodes if other != node)):
+            self._ip(host, "neigh", "replace", address, "lladdr", mac, "nud", "permanent", "dev", device)
+        self._ip(LOGIN, "link", "set", f"v{node}", "down")
         try:
             yield
         finally:
-            subprocess.run([*link, "up"], check=True, timeout=30)
+            self._ip(LOGIN, "link", "set", f"v{node}", "up")
 
     def wait_for_nodes(self, *, limit_s: float = START_S) -> None:
         def are_idle() -> bool:
@@ -201,21 +208,23 @@ class Cluster:
         lines = [f"{NET}.{number} {host}" for number, host in enumerate(hosts, start=1)]
         (self.base / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
 
-        def ip(host: str | None, *arguments: str) -> None:
-            where = [] if host is None else ["-n", self._prefix + host]
-            subprocess.run(["ip", *where, *arguments], check=True, timeout=30)
-
         for host in hosts:
-            ip(None, "netns", "add", self._prefix + host)
-            ip(host, "link", "set", "lo", "up")
-        ip(LOGIN, "link", "add", "br0", "type", "bridge")
-        ip(LOGIN, "addr", "add", f"{NET}.1/24", "dev", "br0")
-        ip(LOGIN, "link", "set", "br0", "up")
+            subprocess.run(["ip", "netns", "add", self._prefix + host], check=True, timeout=30)
+            self._ip(host, "link", "set", "lo", "up")
+        self._ip(LOGIN, "link", "add", "br0", "type", "bridge")
+        self._ip(LOGIN, "addr", "add", f"{NET}.1/24", "dev", "br0")
+        self._ip(LOGIN, "link", "set", "br0", "up")
         for number, node in enumerate(self.nodes, start=2):
-            ip(LOGIN, "link", "add", f"v{node}", "type", "veth", "peer", "name", "eth0", "netns", self._prefix + node)
-            ip(LOGIN, "link", "set", f"v{node}", "master", "br0", "up")
-            ip(node, "addr", "add", f"{NET}.{number}/24", "dev", "eth0")
-            ip(node, "link", "set", "eth0", "up")
+            self._ip(
+                LOGIN, "link", "add", f"v{node}", "type", "veth", "peer", "name", "eth0", "netns", self._prefix + node
+            )
+            self._ip(LOGIN, "link", "set", f"v{node}", "master", "br0", "up")
+            self._ip(node, "addr", "add", f"{NET}.{number}/24", "dev", "eth0")
+            self._ip(node, "link", "set", "eth0", "up")
+
+    def _ip(self, host: str, *arguments: str) -> str:
+        command = ["ip", "-n", self._prefix + host, *arguments]
+        return subprocess.run(command, check=True, timeout=30, text=True, stdout=subprocess.PIPE).stdout
 
     def _write_configuration(self) -> None:
         # 22.05 loads a cgroup plugin where nothing is mounted, and dies of any but this one
