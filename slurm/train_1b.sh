@@ -70,16 +70,15 @@ exclude_and_requeue() { # a comma list of nodes
         say "held: $1 cannot be excluded (see above); to go on: scancel $JOB, then sbatch --exclude=$all with the same RUN_DIR"
     elif ! scontrol release "$JOB"; then
         say "held: to go on: scontrol release $JOB"
-    else
-        sleep 60 # the requeue ends this script
-    fi
+    fi # what SLURM now sends this script is ignored: only its end lets the nodes go before KillWait is over
     exit 1
 }
 requeue() {
+    trap - TERM # the requeue ends this script: at once, which a trap would put off to the end of the sleep
     if ! scontrol requeue "$JOB"; then
         say "stopped: the job cannot be requeued (see above); to go on: sbatch with the same RUN_DIR"
     else
-        sleep 60 # the requeue ends this script
+        sleep 60
     fi
     exit 1
 }

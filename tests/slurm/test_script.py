@@ -79,7 +79,7 @@ HELD, REQUEUED, RELEASED = "scontrol requeuehold 77", "scontrol requeue 77", "sc
         (
             {"TRAIN_RC": "3", "LOST": "n1"},
             1,
-            [HELD, EXCLUDE, RELEASED, "sleep"],
+            [HELD, EXCLUDE, RELEASED],
             "lost nodes: n1; they are excluded and",
         ),
         ({"PREFLIGHT_RC": "143"}, 1, [REQUEUED, "sleep"], "asked to end during the preflight; the job goes back"),
@@ -87,14 +87,14 @@ HELD, REQUEUED, RELEASED = "scontrol requeuehold 77", "scontrol requeue 77", "sc
         (
             {"PREFLIGHT_RC": "1", "FOUND": "n1"},
             1,
-            [HELD, EXCLUDE, RELEASED, "sleep"],
+            [HELD, EXCLUDE, RELEASED],
             "bad nodes: n1; they are excluded and",
         ),
         # what was excluded before, by the user or by the start before, stays so
         (
             {"PREFLIGHT_RC": "1", "FOUND": "n1", "EXCLUDED": "n[7-8],n4"},
             1,
-            [HELD, f"{EXCLUDE},n[7-8],n4", RELEASED, "sleep"],
+            [HELD, f"{EXCLUDE},n[7-8],n4", RELEASED],
             "bad nodes: n1; they are excluded and",
         ),
         # of an array only this element
