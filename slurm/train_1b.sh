@@ -77,7 +77,6 @@ if [ "$PREFLIGHT" = 1 ]; then
     [ -z "$bad" ] || exclude_and_requeue "$bad" "bad nodes"
     [ "$rc" != 143 ] || requeue "asked to end during the preflight" # by SIGTERM, before the training had begun
     if [ "$rc" != 0 ]; then
-        stop_if_ended
         [ "$rc" = 2 ] || exclude_lost_nodes # 2: the command or the config is wrong
         say "stopped: the preflight ended with $rc, and no node can be blamed for it (see above)"
         exit 1
