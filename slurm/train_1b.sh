@@ -137,7 +137,7 @@ if [ "$rc" = 85 ]; then
 elif [ "$rc" = 0 ] && is_new done; then
     say "done: $(cat "$RUN_DIR/done")"
 elif [ "$rc" = 0 ]; then
-    say "failed: srun ended with 0 but $RUN_DIR/done is missing: a node failed; SLURM requeues the job if it may"
+    say "failed: srun ended with 0 but $RUN_DIR/done was not written: a node failed; SLURM requeues the job if it may"
     exit 1
 elif [ "$rc" = 143 ] && ! is_new crash.json; then # SIGTERM in the second before a rank can listen
     exclude_lost_nodes

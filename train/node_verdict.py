@@ -98,14 +98,19 @@ def judge(
 def _silent_ones(told: Set[int], names: Sequence[str], place: str, patience_s: float) -> Iterator[Problem]:
     """The nodes that told nothing, if most did: of two halves that do not hear each other, nobody knows which has the right folder."""
     halves = 2 * len(told) <= len(names)
-    remedy = "one of the two halves has another folder: mount the shared one on all nodes" if halves else "leave it out"
+    who, remedy = "the others see", "leave it out, or mount the folder there"
+    if halves:
+        who, remedy = (
+            f"{len(told)} of {len(names)} see",
+            "mount the shared folder on all nodes: which half has another cannot be told",
+        )
     for rank in range(len(names)):
         if rank not in told:
             yield Problem(
                 rank,
                 "folder",
                 f"each node must tell its facts, but {names[rank]} has written nothing within {patience_s:g} s: it cannot see the folder "
-                f"{place} that {len(told)} of {len(names)} see, or starts no program; {remedy}",
+                f"{place} that {who}, or starts no program; {remedy}",
                 everywhere=halves,
             )
 

@@ -1,12 +1,11 @@
-"""Which variables say where a process stands, which combinations are refused, and which device is chosen."""
+"""Which variables say where a process stands, and which combinations are refused."""
 
 import itertools
 import re
 
 import pytest
-import torch
 
-from launcher.environment import choose_device, read_environment, visible_gpus
+from launcher.environment import read_environment, visible_gpus
 
 MASTER = {"MASTER_ADDR": "node7", "MASTER_PORT": "1234"}
 TORCHRUN = {
@@ -266,41 +265,3 @@ def test_starters_that_give_the_same_place_are_no_contradiction() -> None:
     same = {"PMI_RANK": "2", "PMI_SIZE": "5", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
     assert read_environment({**SRUN, **same, **MASTER, "SLURM_NODEID": "1", "SLURM_PROCID": "2"}).rank == 2
     assert read_environment({**OPENMPI, **MPICH}).launcher == "openmpi"
-
-
-@pytest.mark.parametrize(
-    ("setting", "accelerator", "gpu", "device"),
-    [
-        ("auto", None, False, "cpu"),
-        ("auto", None, True, "cuda"),
-        ("auto", "cpu", True, "cpu"),  # `make train` on a GPU machine
-        ("auto", "cuda", True, "cuda"),
-        ("cpu", None, True, "cpu"),
-        ("cuda", None, True, "cuda"),
-    ],
-)
-def test_device_follows_setting_accelerator_and_machine(
-    monkeypatch: pytest.MonkeyPatch, setting: str, accelerator: str | None, gpu: bool, device: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    environ = {} if accelerator is None else {"DS_ACCELERATOR": accelerator}
-    assert choose_device(setting, environ) == device  # pyright: ignore[reportArgumentType]
-
-
-@pytest.mark.parametrize(
-    ("setting", "accelerator", "gpu", "parts"),
-    [
-        ("cuda", None, False, ["run.device is cuda", "no GPU", "auto or cpu"]),
-        ("cuda", "cpu", True, ["run.device", "is cuda", "DS_ACCELERATOR is cpu"]),
-        ("cpu", "cuda", True, ["is cpu", "DS_ACCELERATOR is cuda"]),
-        ("auto", "xpu", False, ["is cpu", "DS_ACCELERATOR is xpu"]),
-    ],
-)
-def test_a_device_that_cannot_be_had_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, setting: str, accelerator: str | None, gpu: bool, parts: list[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    environ = {} if accelerator is None else {"DS_ACCELERATOR": accelerator}
-    with pytest.raises(ValueError) as caught:
-        choose_device(setting, environ)  # pyright: ignore[reportArgumentType]
-    assert all(part in str(caught.value) for part in parts), str(caught.value)
