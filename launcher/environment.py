@@ -1,23 +1,17 @@
-"""What started this process, and whether it will import the right code: the only reader of RANK, SLURM_*, OMPI_* and
-the like.
+"""What started this process: the only reader of RANK, SLURM_*, OMPI_* and the like.
 
-Owns the mapping of each starter's variables to a ProcessInfo, the choice of the device before DeepSpeed is imported,
-and the check that the packages come from this clone. Joins no group and starts nothing. Called by launcher/main.py and
-launcher/preflight.py.
+Owns the mapping of each starter's variables to a ProcessInfo, and the choice of the device before DeepSpeed is imported. Joins no
+group and starts nothing. Called by launcher/main.py and launcher/preflight.py.
 """
 
-import importlib.util
 import re
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from parallel.config import ProcessInfo
-
-PACKAGES = ("launcher", "train", "parallel", "model", "kernels", "data")
 
 # Starter -> its names of rank, world size, local rank and local world size, and what else it always sets and is read here.
 _VARIABLES = {
@@ -118,22 +112,6 @@ def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...] | None:
     return tuple(given[: ended.index(False)] if False in ended else given)
 
 
-def check_imports(root: Path) -> None:
-    """RuntimeError unless every package of Switchyard is found in this clone.
-
-    The folders have no __init__.py, so a regular package of the same name (PyPI has a `kernels`) wins over them
-    wherever it lies.
-    """
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name)
-        places = [] if spec is None else list(spec.submodule_search_locations or [str(spec.origin)])
-        if not places or Path(places[0]).resolve() != (root / name).resolve():
-            raise RuntimeError(
-                f"the package {name} must come from {root / name}, but Python finds {places[0] if places else 'none'}: "
-                f"uninstall that one (pip uninstall {name}) or take its folder off PYTHONPATH"
-            )
-
-
 def _explicit_starter(environ: Mapping[str, str]) -> str:
     """Whose RANK, WORLD_SIZE and LOCAL_RANK these are. ValueError where both launchers have left their mark and differ."""
     ours, theirs = environ.get("LOCAL_WORLD_SIZE"), environ.get("LOCAL_SIZE")
@@ -157,7 +135,7 @@ def _starter_below(environ: Mapping[str, str]) -> str | None:
     found = [starter for starter, ours in names.items() if environ.keys() & set(ours)]
     if len(found) == 2:
         _refuse_contradiction(environ, *found)
-    if found and in_step and not set(_VARIABLES["srun"]) - environ.keys() and _tasks_on_this_node(environ) > 1:
+    if found and in_step and not set(_VARIABLES["srun"]) - environ.keys() and _tasks(environ)[0] > 1:
         # Of mpirun's helpers there is one on a node. Where srun has started more, who is inside whom cannot be told.
         _refuse_contradiction(environ, found[0], "srun")
     return found[0] if found else "srun" if in_step else None
@@ -180,7 +158,7 @@ def _process(environ: Mapping[str, str], starter: str) -> ProcessInfo:
             f"the environment is half set: {', '.join(present) or starter} without {', '.join(missing)}: start with "
             f"{_REMEDIES.get(starter, 'deepspeed or torchrun, which set')} them all, or unset what is there to train with one process"
         )
-    local_world_size = _tasks_on_this_node(environ) if starter == "srun" else _number(environ, names[3])
+    local_world_size = _tasks(environ)[0] if starter == "srun" else _number(environ, names[3])
     world_size = _number(environ, names[1])
     address, port = _meeting_point(environ, starter, on_one_machine=local_world_size == world_size)
     try:
@@ -215,7 +193,15 @@ def _job(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _step(environ: Mapping[str, str]) -> dict[str, Any]:
-    return {"step": environ["SLURM_STEP_ID"], "nodes": _hosts(environ["SLURM_STEP_NODELIST"])}
+    """ValueError where the ranks of a node are not consecutive: expert groups, which are, would span nodes."""
+    _, first, counts = _tasks(environ)
+    rank, local_rank = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_LOCALID")
+    if rank != first + local_rank:
+        raise ValueError(
+            f"the ranks of a node must be consecutive, but SLURM_PROCID is {rank} for SLURM_LOCALID {local_rank} of node "
+            f"{environ['SLURM_NODEID']}, whose first rank is then {first}: start with srun --distribution=block"
+        )
+    return {"step": environ["SLURM_STEP_ID"], "nodes": _hosts(environ["SLURM_STEP_NODELIST"]), "tasks_of_nodes": counts}
 
 
 def _refuse_contradiction(environ: Mapping[str, str], starter: str, below: str) -> None:
@@ -250,11 +236,26 @@ def _meeting_point(environ: Mapping[str, str], starter: str, *, on_one_machine: 
             f"processes on several machines need a meeting point, but there is none without {' and '.join(absent)}: set MASTER_ADDR to the "
             "address of rank 0's machine and MASTER_PORT to a free port there"
         )
+    if not on_one_machine and _is_here(address) and _is_a_machine(environ):
+        raise ValueError(
+            f"MASTER_ADDR must be an address of rank 0's machine that the others reach, but it is {address}, where each finds itself: "
+            "unset MASTER_ADDR, or set it to that machine's name"
+        )
     return address, port
 
 
-def _tasks_on_this_node(environ: Mapping[str, str]) -> int:
-    """SLURM_STEP_TASKS_PER_NODE spells the tasks of each node, as in 2(x3),1: the entry of this node."""
+def _is_here(address: str) -> bool:
+    return address in ("localhost", "::1") or address.startswith("127.")
+
+
+def _is_a_machine(environ: Mapping[str, str]) -> bool:
+    """False where several nodes of SLURM are one machine, as in tests: they reach each other at 127.0.0.1."""
+    host = socket.gethostname().partition(".")[0]
+    return environ.get("SLURMD_NODENAME", host).partition(".")[0] == host
+
+
+def _tasks(environ: Mapping[str, str]) -> tuple[int, int, tuple[int, ...]]:
+    """Tasks on this node, on those before it, and on each: what SLURM_STEP_TASKS_PER_NODE spells as 2(x3),1."""
     counts: list[int] = []
     for entry in environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)
@@ -265,7 +266,7 @@ def _tasks_on_this_node(environ: Mapping[str, str]) -> int:
             f"SLURM_STEP_TASKS_PER_NODE must hold the tasks of each node, but it is {environ['SLURM_STEP_TASKS_PER_NODE']} and "
             f"SLURM_NODEID is {node}: start with srun, which sets both"
         )
-    return counts[node]
+    return counts[node], sum(counts[:node]), tuple(counts)
 
 
 def _hosts(nodelist: str) -> tuple[str, ...]:

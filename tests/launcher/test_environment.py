@@ -1,13 +1,11 @@
-"""Which variables say where a process stands, which combinations are refused, and which device is chosen."""
+"""Which variables say where a process stands, and which combinations are refused."""
 
 import itertools
 import re
-from pathlib import Path
 
 import pytest
-import torch
 
-from launcher.environment import check_imports, choose_device, read_environment, visible_gpus
+from launcher.environment import read_environment, visible_gpus
 
 MASTER = {"MASTER_ADDR": "node7", "MASTER_PORT": "1234"}
 TORCHRUN = {
@@ -78,7 +76,8 @@ def refused(environ: dict[str, str]) -> str:
         (OPENMPI, (2, 4, 2, 4), ("127.0.0.1", 29500), "openmpi"),
         ({**MPICH, **MASTER}, (2, 4, 2, 4), ("node7", 1234), "mpich"),
         (SRUN, (4, 5, 0, 1), ("gpu-03", 20077), "srun"),
-        ({**SRUN, **MASTER, "SLURM_NODEID": "1"}, (4, 5, 0, 2), ("node7", 1234), "srun"),
+        ({**SRUN, **MASTER, "SLURM_NODEID": "1", "SLURM_PROCID": "2"}, (2, 5, 0, 2), ("node7", 1234), "srun"),
+        ({**SRUN, "SLURM_JOB_ID": "4312345"}, (4, 5, 0, 1), ("gpu-03", 22345), "srun"),
         # a starter inside another: the inner one counts, that is the explicit one, then mpirun, then srun
         ({**SRUN, **TORCHRUN}, (3, 4, 1, 2), ("node7", 1234), "torchrun"),
         ({**OPENMPI, **DEEPSPEED}, (1, 2, 1, 2), ("127.0.0.1", 29500), "deepspeed"),
@@ -109,6 +108,7 @@ def test_a_job_of_slurm_has_its_ids_and_the_names_of_its_nodes(monkeypatch: pyte
     info = read_environment({**SRUN, "SLURMD_NODENAME": "gpu-07", "SLURM_GPUS_ON_NODE": "8"})
     assert (info.job, info.step, info.restarts, info.node, info.gpus) == ("77", "0", 0, "gpu-07", 8)
     assert info.nodes == ("gpu-03", "gpu-04", "gpu-07", "big1")
+    assert info.tasks_of_nodes == (2, 2, 1)
     assert read_environment({**SRUN, "SLURM_RESTART_COUNT": "2"}).restarts == 2
     # in the batch script itself, which is no step
     info = read_environment({**SBATCH, "SLURM_RESTART_COUNT": "1"})
@@ -193,6 +193,19 @@ def test_a_variable_that_is_missing_is_named(starter: str, name: str) -> None:
         ),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x2),?,1"}, ["SLURM_STEP_TASKS_PER_NODE", "2(x2),?,1"]),
         ({**SRUN, "SLURM_NODEID": "3"}, ["SLURM_STEP_TASKS_PER_NODE", "2(x2),1", "SLURM_NODEID is 3"]),
+        # srun --distribution=cyclic
+        (
+            {**SRUN, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"},
+            [
+                "must be consecutive",
+                "SLURM_PROCID is 3 for SLURM_LOCALID 1 of node 0",
+                "is then 0",
+                "--distribution=block",
+            ],
+        ),
+        # left over in the user's shell
+        ({**TORCHRUN, "MASTER_ADDR": "localhost"}, ["MASTER_ADDR must be", "is localhost", "unset MASTER_ADDR"]),
+        ({**TORCHRUN, "MASTER_ADDR": "127.0.1.1"}, ["MASTER_ADDR must be", "is 127.0.1.1"]),
         # every process of an mpirun or srun would take itself for the exported rank
         (
             {**OPENMPI, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
@@ -241,51 +254,14 @@ def test_two_starters_that_contradict_each_other_are_named(pair: tuple[str, str]
     assert "unset" in told
 
 
+def test_nodes_that_are_one_machine_meet_at_its_own_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "gpu-07.cluster")
+    here = {**SRUN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "7"}
+    assert read_environment(here | {"SLURMD_NODENAME": "n3"}).master_addr == "127.0.0.1"
+    assert "is 127.0.0.1" in refused(here | {"SLURMD_NODENAME": "gpu-07"})
+
+
 def test_starters_that_give_the_same_place_are_no_contradiction() -> None:
     same = {"PMI_RANK": "2", "PMI_SIZE": "5", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
     assert read_environment({**SRUN, **same, **MASTER, "SLURM_NODEID": "1", "SLURM_PROCID": "2"}).rank == 2
     assert read_environment({**OPENMPI, **MPICH}).launcher == "openmpi"
-
-
-@pytest.mark.parametrize(
-    ("setting", "accelerator", "gpu", "device"),
-    [
-        ("auto", None, False, "cpu"),
-        ("auto", None, True, "cuda"),
-        ("auto", "cpu", True, "cpu"),  # `make train` on a GPU machine
-        ("auto", "cuda", True, "cuda"),
-        ("cpu", None, True, "cpu"),
-        ("cuda", None, True, "cuda"),
-    ],
-)
-def test_device_follows_setting_accelerator_and_machine(
-    monkeypatch: pytest.MonkeyPatch, setting: str, accelerator: str | None, gpu: bool, device: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    environ = {} if accelerator is None else {"DS_ACCELERATOR": accelerator}
-    assert choose_device(setting, environ) == device  # pyright: ignore[reportArgumentType]
-
-
-@pytest.mark.parametrize(
-    ("setting", "accelerator", "gpu", "parts"),
-    [
-        ("cuda", None, False, ["run.device is cuda", "no GPU", "auto or cpu"]),
-        ("cuda", "cpu", True, ["run.device", "is cuda", "DS_ACCELERATOR is cpu"]),
-        ("cpu", "cuda", True, ["is cpu", "DS_ACCELERATOR is cuda"]),
-        ("auto", "xpu", False, ["is cpu", "DS_ACCELERATOR is xpu"]),
-    ],
-)
-def test_a_device_that_cannot_be_had_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, setting: str, accelerator: str | None, gpu: bool, parts: list[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    environ = {} if accelerator is None else {"DS_ACCELERATOR": accelerator}
-    with pytest.raises(ValueError) as caught:
-        choose_device(setting, environ)  # pyright: ignore[reportArgumentType]
-    assert all(part in str(caught.value) for part in parts), str(caught.value)
-
-
-def test_packages_of_this_clone_pass_and_of_another_do_not(tmp_path: Path) -> None:
-    check_imports(Path(__file__).resolve().parents[2])
-    with pytest.raises(RuntimeError, match=f"the package launcher must come from {tmp_path}"):
-        check_imports(tmp_path)
