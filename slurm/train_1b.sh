@@ -131,6 +131,9 @@ done
 is_new() { # a file that this start has written. Listed first: NFS remembers for a minute what was in a folder
     ls "$RUN_DIR" >/dev/null && [ "$RUN_DIR/$1" -nt "$ATTEMPTS" ]
 }
+is_free() { # no other job has the run folder: whom it refuses ends its other ranks by SIGTERM too, and must not come back
+    [ ! -e "$RUN_DIR/lock" ] || flock --nonblock "$RUN_DIR/lock" true
+}
 stop_if_ended
 if [ "$rc" = 85 ]; then
     requeue "ended early at $(newest)"
@@ -139,7 +142,7 @@ elif [ "$rc" = 0 ] && is_new done; then
 elif [ "$rc" = 0 ]; then
     say "failed: srun ended with 0 but $RUN_DIR/done was not written: a node failed; SLURM requeues the job if it may"
     exit 1
-elif [ "$rc" = 143 ] && ! is_new crash.json; then # SIGTERM in the second before a rank can listen
+elif [ "$rc" = 143 ] && ! is_new crash.json && is_free; then # SIGTERM in the second before a rank can listen
     exclude_lost_nodes
     requeue "a rank was ended by a signal, and no rank has written why"
 else

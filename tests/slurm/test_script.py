@@ -3,6 +3,7 @@
 The others here submit it to a real SLURM, whose commands do not fail when they should.
 """
 
+import fcntl
 import os
 import subprocess
 from dataclasses import dataclass
@@ -285,3 +286,12 @@ def test_a_launcher_gets_the_cpus_of_all_its_ranks_and_the_port_of_the_job(tmp_p
         assert option in command
     assert '"$0" -m deepspeed.launcher.runner --no_ssh' in command
     assert " echo --hostfile=" in command  # PYTHON, which may have no path in front of it
+
+
+def test_a_job_whose_run_folder_another_one_has_does_not_come_back(tmp_path: Path):
+    """Its first rank is refused, the others are ended by SIGTERM, and srun ends with 143."""
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ended = script(tmp_path, TRAIN_RC="143")
+    assert (ended.code, ended.calls) == (143, []), ended.log
