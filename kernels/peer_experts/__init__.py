@@ -42,9 +42,10 @@ def peer_experts(
 
     Returns:
         (P, D) in the dtype of the rows, differentiable in rows, up, down and gates. Under torch.autocast the rows are rounded to its
-        dtype, and so is the result; the tables stay as they are. Products and sums are taken in float32 at least and rounded once.
-        Kept for the backward pass: the arguments, the routes, and a number per copy. An output row without copies is exactly zero,
-        and so is the gradient of a neuron that no copy reads. Deterministic, bit for bit.
+        dtype, and so is the result; the tables stay as they are, and so does float64. Products and sums are taken in float32 at
+        least and rounded once. Kept for the backward pass: the arguments, the routes, and a number per copy. An output row without
+        copies is exactly zero, and so is the gradient of a neuron that no copy reads. Deterministic, bit for bit; on a GPU "torch" with
+        16-bit tables and "reference" only under torch.use_deterministic_algorithms, because they use index_add_.
 
     Raises:
         ValueError: shapes, dtypes, devices or entries that do not fit together, an unknown activation; "triton" without a GPU. What

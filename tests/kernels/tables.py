@@ -45,6 +45,7 @@ CASES = {
     "C5_D1_L1_scalars": Case([2, 3], 1, 1),
     "C70_D3_L4_more_copies_than_a_tile": Case([0, 0, 69, 1, 0, 0], 3, 4),
     "C4_D1030_L3_wider_than_a_tile": Case([3, 1], 1030, 3),
+    "C41_D300_L3_one_entry_has_all_in_two_programs_of_parts": Case([20, 21], 300, 3, only=[1]),
     "C0_D8_L3_no_copies": Case([0, 0], 8, 3),
     "C0_D8_L3_no_rows": Case([], 8, 3),
     "C0_D8_L3_no_outputs": Case([], 8, 3, rows=2),

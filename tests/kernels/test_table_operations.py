@@ -134,6 +134,37 @@ def test_nothing_is_below_its_bound() -> None:
                 assert sum(each.total for each in launches.values()) - model.must_move(shape, backward=backward) >= 0
 
 
+@pytest.mark.parametrize("tokens", [3, 8192])
+def test_what_must_move_is_counted_copy_after_copy(tokens: int) -> None:
+    """128 copies of a token, 1,024 numbers of 16 bits in a row, ids of 8 bytes, gates, z and ends of 4; a million rows."""
+    shape = traffic.layer(tokens=tokens)
+    row, copies, dense = 2048, 128 * tokens, 2048 * 1024**2
+    # each copy reads a row of each table
+    read, ids_and_gates = copies * row, copies * (8 + 4)
+    assert bag_traffic.must_move(shape, backward=False) == read + ids_and_gates + tokens * (row + 4)
+    assert traffic.must_move(shape, backward=False) == 2 * read + ids_and_gates + tokens * (2 * row + 2 * 4)
+    # order, output row and the gates' gradient; for PEER also z and the received row, and the rows' gradient
+    of_bag = copies * (4 + 8 + 4)
+    assert bag_traffic.must_move(shape, backward=True) == read + ids_and_gates + of_bag + tokens * (row + 4) + dense
+    of_peer = of_bag + copies * (4 + 8)
+    wanted = 2 * read + ids_and_gates + of_peer + tokens * (3 * row + 2 * 4) + 2 * dense
+    assert traffic.must_move(shape, backward=True) == wanted
+
+
+def test_no_tile_is_timed_twice(interpreted: Run) -> None:
+    for width in (1, 16, 100, 128, 256, 1024):
+        for copies in (1, 4, 16, 128, 300):
+            tiles = interpreted(tiles_of, width, copies)
+            assert len(set(tiles)) == len(tiles) > 0
+
+
+def tiles_of(width: int, copies: int) -> list[tuple[int, int, int]]:
+    from kernels.table_rows.by_row import products_tiles
+
+    tiles = products_tiles(torch.empty(1, width, dtype=torch.bfloat16), copies)
+    return [(each.copies, each.columns, each.warps) for each in tiles]
+
+
 def bytes_saved(inputs: dict[str, Any]) -> int:
     tables = {inputs[name].data_ptr() for name in ("up", "down")}
     kept: dict[int, int] = {}

@@ -273,6 +273,16 @@ def test_under_autocast_rows_and_results_are_rounded_and_tables_are_not(op: str)
         assert gradient.dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_leaves_float64_as_it_is(op: str, backend: str):
+    inputs = wide(make_inputs(WIDE))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = apply(op, [inputs[name] for name in NAMES[op]], inputs["routes"], backend=backend)
+    assert output.dtype == torch.float64
+    torch.testing.assert_close(output, by_loop(op, inputs)["output"], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_kept_are_the_arguments_and_numbers_per_copy(op: str):
     inputs = make_inputs(Case([16] * 8, 12, 30))
