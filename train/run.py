@@ -152,12 +152,13 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
         if saves:
             save(job, done)
             done = done.saved()
-    job.saver.finish()
+    is_saved = job.saver.finish(goes_on=done.step < last)
     writer.close()
     if done.step < last:
-        job.reporter.say(
-            f"asked to end: the checkpoint of step {done.step} of {last} is written; the same command goes on from it"
-        )
+        what = "is written; the same command goes on from it"
+        if not is_saved:
+            what = "is missing, see above; the same command goes on from the one before it"
+        job.reporter.say(f"asked to end: the checkpoint of step {done.step} of {last} {what}")
         return "preempted"
     job.reporter.say(f"done: step {last}; checkpoints, metrics and config are in {job.folder.path}")
     return "done"

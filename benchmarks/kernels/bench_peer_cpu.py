@@ -88,15 +88,18 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Result:
-    """Milliseconds forward and both ways (medians), half the distance of the quartiles, how many times the first contestant's both-ways
-    time is ours (median of neighbouring calls), and MiB saved for the backward pass apart from inputs and parameters.
+    """Milliseconds forward and both ways (medians), half the distance of the quartiles, and of those the CPU's (where the machine is busy,
+    a thread also waits); how many times as long the first contestant takes, by the clock and by the CPU (medians of neighbouring calls);
+    MiB saved for the backward pass apart from inputs and parameters.
     """
 
     name: str
     forward: float
     both: float
     spread: float
+    cpu: float
     factor: float
+    cpu_factor: float
     saved: float
 
 
@@ -153,11 +156,11 @@ PKM_CONTESTANTS = (
 )
 
 
-def both_ways(contestant: Contestant, inputs: Inputs) -> tuple[float, float]:
-    """Seconds forward, and forward and backward. Gradients are made anew, as after zero_grad."""
+def both_ways(contestant: Contestant, inputs: Inputs) -> tuple[float, float, float]:
+    """Seconds forward, and forward and backward, and of the latter the CPU's. Gradients are made anew, as after zero_grad."""
     for leaf in inputs.leaves.values():
         leaf.grad = None
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     output = contestant.forward(inputs)
     middle = time.perf_counter()
     output.backward(inputs.gradient_TD)
@@ -166,7 +169,7 @@ def both_ways(contestant: Contestant, inputs: Inputs) -> tuple[float, float]:
             gradient = inputs.leaves[name].grad
             assert gradient is not None
             inputs.leaves[name].grad = gradient.coalesce()
-    return middle - began, time.perf_counter() - began
+    return middle - began, time.perf_counter() - began, time.process_time() - began_cpu
 
 
 def check(contestants: Sequence[Contestant], inputs: Inputs) -> None:
@@ -220,21 +223,32 @@ def measure(contestants: Sequence[Contestant], sizes: Sizes, *, turns: int) -> l
     times = [[both_ways(contestant, inputs) for contestant in contestants] for _ in range(WARM_UP + turns)][WARM_UP:]
     results = []
     for i, contestant in enumerate(contestants):
-        forward, both = ([1e3 * turn[i][part] for turn in times] for part in (0, 1))
+        forward, both, cpu = ([1e3 * turn[i][part] for turn in times] for part in range(3))
         low, median, high = statistics.quantiles(both, n=4)
-        factor = statistics.median(turn[0][1] / turn[i][1] for turn in times)
-        mebibytes = saved[i] / 2**20
-        results.append(Result(contestant.name, statistics.median(forward), median, (high - low) / 2, factor, mebibytes))
+        factor, cpu_factor = (statistics.median(turn[0][part] / turn[i][part] for turn in times) for part in (1, 2))
+        results.append(
+            Result(
+                contestant.name,
+                forward=statistics.median(forward),
+                both=median,
+                spread=(high - low) / 2,
+                cpu=statistics.median(cpu),
+                factor=factor,
+                cpu_factor=cpu_factor,
+                saved=saved[i] / 2**20,
+            )
+        )
     return results
 
 
 def table(results: Sequence[Result]) -> str:
-    lines = ["| form | forward, ms | both ways, ms | times as fast | saved, MiB | share |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| form | forward, ms | both ways, ms | of the CPU, ms | times as fast | by the CPU | saved, MiB | share |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for one in results:
-        share = one.saved / results[0].saved
-        lines.append(
-            f"| {one.name} | {one.forward:.1f} | {one.both:.1f} ± {one.spread:.1f} | {one.factor:.2f} | {one.saved:.2f} | {share:.4f} |"
-        )
+        times = f"{one.forward:.1f} | {one.both:.1f} ± {one.spread:.1f} | {one.cpu:.1f} | {one.factor:.2f} | {one.cpu_factor:.2f}"
+        lines.append(f"| {one.name} | {times} | {one.saved:.2f} | {one.saved / results[0].saved:.4f} |")
     return "\n".join(lines)
 
 
