@@ -222,3 +222,17 @@ def test_nan_stays_with_its_row_its_output_and_its_entries(interpreted: Run) -> 
         assert found[name].isnan().any(1).tolist() == [False, True, False], name
     for name in ("up", "down"):
         assert found[name].isnan().any(1).tolist() == [False, False, True, True, False, False], name
+
+
+def test_no_tile_is_timed_twice(interpreted: Run) -> None:
+    for width in (1, 16, 100, 128, 256, 1024):
+        for copies in (1, 4, 16, 128, 300):
+            tiles = interpreted(tiles_of, width, copies)
+            assert len(set(tiles)) == len(tiles) > 0
+
+
+def tiles_of(width: int, copies: int) -> list[tuple[int, int, int]]:
+    from kernels.table_rows.by_row import products_tiles
+
+    tiles = products_tiles(torch.empty(1, width, dtype=torch.bfloat16), copies)
+    return [(each.copies, each.columns, each.warps) for each in tiles]

@@ -151,20 +151,6 @@ def test_what_must_move_is_counted_copy_after_copy(tokens: int) -> None:
     assert traffic.must_move(shape, backward=True) == wanted
 
 
-def test_no_tile_is_timed_twice(interpreted: Run) -> None:
-    for width in (1, 16, 100, 128, 256, 1024):
-        for copies in (1, 4, 16, 128, 300):
-            tiles = interpreted(tiles_of, width, copies)
-            assert len(set(tiles)) == len(tiles) > 0
-
-
-def tiles_of(width: int, copies: int) -> list[tuple[int, int, int]]:
-    from kernels.table_rows.by_row import products_tiles
-
-    tiles = products_tiles(torch.empty(1, width, dtype=torch.bfloat16), copies)
-    return [(each.copies, each.columns, each.warps) for each in tiles]
-
-
 def bytes_saved(inputs: dict[str, Any]) -> int:
     tables = {inputs[name].data_ptr() for name in ("up", "down")}
     kept: dict[int, int] = {}
