@@ -36,7 +36,7 @@ from benchmarks.gpu.timing import (
     time_all,
 )
 from kernels.availability import interpreted, why_not_triton
-from kernels.table_routes import TableRoutes
+from kernels.tables.routes import TableRoutes
 
 COPIED = 1 << 30  # bytes read, and as many written: many times the cache
 SCATTER = 0x9E3779B1  # an odd number: neighbours in popularity are not neighbours in memory

@@ -1,13 +1,13 @@
 """embedding_bag: weighted sums of the rows of a table, what PKM and Memory+ compute; also the second half of PEER by columns.
 
-Owns: the public function, autocast, and the choice of a backend. Does not own: the checks and the routes (kernels/table_routes.py), who
+Owns: the public function, autocast, and the choice of a backend. Does not own: the checks and the routes (kernels/tables/routes.py), who
 chose the rows (model/product_keys.py) and where a table lives (parallel/expert.py). Called by: model/lookup.py.
 """
 
 from torch import Tensor
 
-from kernels.row_adam import RowAdam
-from kernels.table_routes import TableRoutes, autocast_dtype, candidates, check_adam, check_backend, check_tables
+from kernels.tables.adam import RowAdam
+from kernels.tables.routes import TableRoutes, autocast_dtype, candidates, check_adam, check_backend, check_tables
 
 __all__ = ["BACKENDS", "candidates", "embedding_bag"]
 

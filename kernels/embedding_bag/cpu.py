@@ -1,4 +1,4 @@
-"""embedding_bag in torch alone, forward and backward. Owns: its autograd function. Does not own: the sums (kernels/table_sums.py).
+"""embedding_bag in torch alone, forward and backward. Owns: its autograd function. Does not own: the sums (kernels/tables/sums.py).
 
 Kept for the backward pass: table, gates and ids; no row of a copy. Called by: kernels/embedding_bag.
 """
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.row_adam import RowAdam, pending, table_of, without
-from kernels.table_routes import TableRoutes
-from kernels.table_sums import dots, sums, table_gradient, wide_dtype
+from kernels.tables.adam import RowAdam, pending, table_of, without
+from kernels.tables.routes import TableRoutes
+from kernels.tables.sums import dots, sums, table_gradient, wide_dtype
 
 
 def bag(table_LD: Tensor, gates_C: Tensor, routes: TableRoutes, adam: RowAdam | None) -> Tensor:

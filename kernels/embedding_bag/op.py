@@ -3,7 +3,7 @@
 Owns: the custom operation, its shape, what is saved for the backward pass. Does not own: the kernels and their launches (kernels/
 table_rows), checks and autocast (the public function). Called by: kernels/embedding_bag, which imports it only where Triton is there.
 
-There is no kernel.py here: the forward pass is one launch of kernels/table_rows/by_row.py, and so is the gates' gradient; the table's is
+There is no kernel.py here: the forward pass is one launch of kernels/tables/by_row.py, and so is the gates' gradient; the table's is
 two of by_entry.py. Saved are the arguments and the routes.
 """
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.row_adam import RowAdam, pending, table_of, without
-from kernels.table_routes import TableRoutes
-from kernels.table_rows.by_row import weighted_sums
-from kernels.table_rows.op import contiguous, of_adam, of_no_adam, products_op, table_gradient
+from kernels.tables.adam import RowAdam, pending, table_of, without
+from kernels.tables.by_row import weighted_sums
+from kernels.tables.op import contiguous, of_adam, of_no_adam, products_op, table_gradient
+from kernels.tables.routes import TableRoutes
 
 
 def embedding_bag_op(

@@ -1,13 +1,13 @@
 """peer_experts: experts of one neuron each, looked up in two tables: PEER's dot products, activation, gates and weighted sums in one.
 
-Owns: the two public functions, autocast, and the choice of a backend. Does not own: the checks and the routes (kernels/table_routes.py),
+Owns: the two public functions, autocast, and the choice of a backend. Does not own: the checks and the routes (kernels/tables/routes.py),
 who chose the experts (model/product_keys.py) and where a table lives (parallel/expert.py). Called by: model/lookup.py.
 """
 
 from torch import Tensor
 
-from kernels.row_adam import RowAdam
-from kernels.table_routes import TableRoutes, as_autocast, candidates, check_adam, check_backend, check_tables
+from kernels.tables.adam import RowAdam
+from kernels.tables.routes import TableRoutes, as_autocast, candidates, check_adam, check_backend, check_tables
 
 __all__ = ["ACTIVATIONS", "BACKENDS", "candidates", "peer_experts", "peer_products"]
 

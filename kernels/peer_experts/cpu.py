@@ -1,6 +1,6 @@
 """peer_experts and peer_products in torch alone, forward and backward.
 
-Owns: their autograd functions. Does not own: the sums (kernels/table_sums.py), rounding under autocast (the public functions).
+Owns: their autograd functions. Does not own: the sums (kernels/tables/sums.py), rounding under autocast (the public functions).
 Kept for the backward pass: rows, tables, gates, ids, and a number z per copy; rows of the tables are read again.
 Called by: kernels/peer_experts.
 """
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.row_adam import RowAdam, pending, table_of, without
-from kernels.table_routes import TableRoutes
-from kernels.table_sums import dots, sums, table_gradient, wide_dtype
+from kernels.tables.adam import RowAdam, pending, table_of, without
+from kernels.tables.routes import TableRoutes
+from kernels.tables.sums import dots, sums, table_gradient, wide_dtype
 
 
 def experts(

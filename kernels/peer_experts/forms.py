@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels.peer_experts.kernel import backward, forward
-from kernels.row_adam import RowAdam
-from kernels.table_rows.by_entry import add_runs
-from kernels.table_rows.by_row import products, products_tiles, sums_tiles, weighted_sums
+from kernels.tables.adam import RowAdam
+from kernels.tables.by_entry import add_runs
+from kernels.tables.by_row import products, products_tiles, sums_tiles, weighted_sums
 from kernels.tools import Form
 
 NUM_COPIES, NUM_ROWS, NUM_ENTRIES = 8192, 64, 1024

@@ -1,7 +1,7 @@
 """peer_experts and peer_products by Triton as operations of torch: what torch.compile sees, and what autograd calls.
 
 Owns: the custom operations, their shapes, what is saved for the backward pass. Does not own: the passes (kernel.py), the tables'
-gradients (kernels/table_rows/op.py), checks and autocast (the public functions).
+gradients (kernels/tables/op.py), checks and autocast (the public functions).
 Called by: kernels/peer_experts, which imports it only where Triton is there.
 
 Saved are the arguments, the routes and z = row . up[entry], 4 bytes per copy.
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from kernels.peer_experts import kernel
-from kernels.row_adam import RowAdam, pending, table_of, without
-from kernels.table_routes import TableRoutes
-from kernels.table_rows.by_row import products
-from kernels.table_rows.op import contiguous, of_adam, of_no_adam, sums_op, table_gradient
+from kernels.tables.adam import RowAdam, pending, table_of, without
+from kernels.tables.by_row import products
+from kernels.tables.op import contiguous, of_adam, of_no_adam, sums_op, table_gradient
+from kernels.tables.routes import TableRoutes
 
 
 def experts_op(

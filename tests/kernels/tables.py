@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.embedding_bag import embedding_bag
 from kernels.peer_experts import peer_experts, peer_products
-from kernels.table_routes import TableRoutes
+from kernels.tables.routes import TableRoutes
 
 NAMES = {
     "experts": ("rows", "up", "down", "gates"),
@@ -91,7 +91,7 @@ def apply(
 
 def by_kernel(op: str, inputs: dict[str, Any], places: int = 4, **options: Any) -> dict[str, Tensor]:
     """Output and gradients by name, in programs of few places, so that runs cross them. Empty memory holds NaN."""
-    from kernels.table_rows import by_entry
+    from kernels.tables import by_entry
 
     leaves = {name: inputs[name].detach().requires_grad_() for name in NAMES[op]}
     torch.use_deterministic_algorithms(True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.table_routes import TableRoutes
+from kernels.tables.routes import TableRoutes
 from tests.kernels.compare import assert_same
 from tests.kernels.tables import CASES, NAMES, Case, by_kernel, by_loop, make_inputs
 
@@ -232,7 +232,7 @@ def test_no_tile_is_timed_twice(interpreted: Run) -> None:
 
 
 def tiles_of(width: int, copies: int) -> list[tuple[int, int, int]]:
-    from kernels.table_rows.by_row import products_tiles
+    from kernels.tables.by_row import products_tiles
 
     tiles = products_tiles(torch.empty(1, width, dtype=torch.bfloat16), copies)
     return [(each.copies, each.columns, each.warps) for each in tiles]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kernels.embedding_bag import traffic as bag_traffic
 from kernels.peer_experts import traffic
-from kernels.row_adam import RowAdam
-from kernels.table_routes import TableRoutes
-from kernels.table_rows.traffic import Shape
+from kernels.tables.adam import RowAdam
+from kernels.tables.routes import TableRoutes
+from kernels.tables.traffic import Shape
 from tests.kernels.compare import assert_same
 from tests.kernels.tables import NAMES, Case, apply, by_kernel, by_loop, make_inputs
 
@@ -54,7 +54,7 @@ def shape_of(case: Case, routes: TableRoutes) -> Shape:
 
 def count_bytes(op: str, inputs: dict[str, Any], adam: bool) -> list[Any]:
     """The launches of a forward and a backward pass."""
-    from kernels.table_rows import by_entry
+    from kernels.tables import by_entry
     from tests.kernels.memory import recorded_launches
 
     leaves = {name: inputs[name].requires_grad_() for name in NAMES[op]}
@@ -87,7 +87,7 @@ def test_the_byte_model_is_what_the_kernels_touch_and_nothing_is_written_twice(
 
 
 def places() -> int:
-    from kernels.table_rows import by_entry
+    from kernels.tables import by_entry
 
     return by_entry.PLACES
 
@@ -196,7 +196,7 @@ def test_compile_sees_one_graph_with_the_same_result(op: str, interpreted: Run) 
 def checked_by_torch(inputs: dict[str, Any]) -> list[str]:
     from kernels.embedding_bag import op as bag
     from kernels.peer_experts import op as experts
-    from kernels.table_rows.op import adam_op
+    from kernels.tables.op import adam_op
 
     routes = inputs["routes"]
     rows, up, down, gates = (inputs[name].requires_grad_() for name in NAMES["experts"])
@@ -257,8 +257,8 @@ def test_one_gradient_alone_is_the_same(name: str, interpreted: Run) -> None:
 
 def last_rows_of_a_large_table() -> dict[str, Tensor]:
     """Entries around number 2**31 / D of a table, of which the system gives memory to the pages that are touched, a few."""
-    from kernels.table_rows.by_entry import add_runs
-    from kernels.table_rows.by_row import products, weighted_sums
+    from kernels.tables.by_entry import add_runs
+    from kernels.tables.by_row import products, weighted_sums
 
     width, places = 1024, [2**21 - 1, 2**21, 2**21 + 1]
     table_LD, out_LD = (torch.empty(2**21 + 2, width, dtype=torch.float16) for _ in range(2))

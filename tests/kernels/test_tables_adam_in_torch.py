@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.row_adam import RowAdam
-from kernels.table_routes import TableRoutes
+from kernels.tables.adam import RowAdam
+from kernels.tables.routes import TableRoutes
 from tests.kernels.tables import NAMES, Case, by_loop, make_inputs
 from tests.kernels.test_tables_in_torch import OPS, apply
 

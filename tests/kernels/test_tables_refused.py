@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.peer_experts import peer_experts
-from kernels.table_routes import TableRoutes
+from kernels.tables.routes import TableRoutes
 from tests.kernels.tables import NAMES, make_inputs
 from tests.kernels.test_tables_in_torch import WIDE
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.row_adam import RowAdam
-from kernels.table_routes import TableRoutes
+from kernels.tables.adam import RowAdam
+from kernels.tables.routes import TableRoutes
 from tests.kernels.tables import NAMES, Case, apply, by_loop, make_inputs
 
 Run = Callable[..., Any]
@@ -80,7 +80,7 @@ def test_a_row_that_is_not_touched_neither_moves_nor_decays_and_has_a_count_of_i
 
 def trained(op: str, steps: list[dict[str, Any]], places: int) -> dict[str, Any]:
     """Steps of an operation with Adam in its backward pass: the other gradients of each step, at the end tables and states."""
-    from kernels.table_rows import by_entry
+    from kernels.tables import by_entry
 
     tables = {name: steps[0][name].clone().requires_grad_() for name in TABLES[op]}
     adams = {name: RowAdam.zeros(table, **SETTINGS_OF[name]) for name, table in tables.items()}

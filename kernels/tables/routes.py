@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.availability import why_not_triton
-from kernels.row_adam import RowAdam
+from kernels.tables.adam import RowAdam
 
 # of the kernels' place numbers, 32 bits wide, the last block may lie beyond the copies: by at most 1,024, and some room
 MAX_COPIES = 2**31 - 4096

@@ -1,16 +1,16 @@
 """The passes over a table as operations of torch, for backward passes: products, sums, and the gradient of the table itself.
 
 Owns: the custom operations, and whether a gradient is written or spent at once on a step of Adam. Does not own: the kernels (by_row.py,
-by_entry.py), the state of Adam (kernels/row_adam.py).
+by_entry.py), the state of Adam (kernels/tables/adam.py).
 Called by: the backward passes in kernels/peer_experts/op.py and kernels/embedding_bag/op.py.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.row_adam import PendingStep, RowAdam
-from kernels.table_rows.by_entry import add_runs
-from kernels.table_rows.by_row import products, weighted_sums
+from kernels.tables.adam import PendingStep, RowAdam
+from kernels.tables.by_entry import add_runs
+from kernels.tables.by_row import products, weighted_sums
 
 
 @torch.library.custom_op("switchyard::table_products", mutates_args=())

@@ -1,6 +1,6 @@
 """Adam for the rows of a table that a step has touched: its state, its equations, and when it may be used.
 
-Owns: RowAdam and its step in torch, which is what the Triton pass (kernels/table_rows/by_entry.py) must equal; PendingStep, what a
+Owns: RowAdam and its step in torch, which is what the Triton pass (kernels/tables/by_entry.py) must equal; PendingStep, what a
 backward pass keeps to take it. Does not own: the gradient, the schedule of lr, saving the state.
 Called by: peer_experts and embedding_bag, which take a RowAdam as `adam`.
 """

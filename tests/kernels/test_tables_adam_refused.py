@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.embedding_bag import embedding_bag
 from kernels.peer_experts import peer_experts, peer_products
-from kernels.row_adam import RowAdam
+from kernels.tables.adam import RowAdam
 from tests.kernels.tables import Case, make_inputs
 
 Run = Callable[..., Any]

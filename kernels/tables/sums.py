@@ -2,7 +2,7 @@
 
 Owns: how they are computed, and that rows of copies are gathered at most CHUNK_ELEMENTS at a time, or one row if it is wider. Results are
 not cut: (bags, width), so with Adam the rows of the table that were read, and without it all, in the wide dtype before they are rounded.
-Does not own: what they are used for, the equations of Adam (kernels/row_adam.py). Called by: the cpu.py of kernels/peer_experts and
+Does not own: what they are used for, the equations of Adam (kernels/tables/adam.py). Called by: the cpu.py of kernels/peer_experts and
 kernels/embedding_bag, forward and backward, without autograd.
 
 Rows of the table may be narrower than float32 (bf16 where they were gathered under autocast); everything else is `wide`. Ways that were
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.row_adam import RowAdam
+from kernels.tables.adam import RowAdam
 
 # 1 MiB of float32: what is read is in a core's second cache when it is used. 2**17 and 2**21 are 10 % slower.
 CHUNK_ELEMENTS = 2**18
