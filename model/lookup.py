@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.embedding_bag import embedding_bag
 from kernels.peer_experts import peer_experts, peer_products
-from kernels.table_routes import TableRoutes
+from kernels.tables.routes import TableRoutes
 from model.dispatch import LocalPlan, Routing
 from model.parameters import Table
 from model.product_keys import PairChoice

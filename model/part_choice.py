@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels import product_key_topk, shift_mix, table_routes, top_k_attention
+from kernels import product_key_topk, shift_mix, top_k_attention
 from kernels.embedding_bag import embedding_bag
 from kernels.peer_experts import peer_experts, peer_products
-from kernels.table_routes import TableRoutes
+from kernels.tables.routes import TableRoutes, candidates
 from model.attend import Attend
 from model.attention_config import DEFAULT_CHUNK
 from model.hsm.layer import HSM
@@ -110,7 +110,7 @@ def table_work(bank: BankShape, sizes: Sizes, *, num_rows: int, columns: int) ->
 
         return _leaves(rows, up, down, gates), in_halves
 
-    return PartWork(name, table_routes.candidates, sizes.dtype, build)
+    return PartWork(name, candidates, sizes.dtype, build)
 
 
 def _choice_work(layer: PEER | PKM, sizes: Sizes) -> PartWork:

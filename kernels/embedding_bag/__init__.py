@@ -1,13 +1,13 @@
 """embedding_bag: weighted sums of the rows of a table, what PKM and Memory+ compute; also the second half of PEER by columns.
 
-Owns: the public function, autocast, and the choice of a backend. Does not own: the checks and the routes (kernels/table_routes.py), who
+Owns: the public function, autocast, and the choice of a backend. Does not own: the checks and the routes (kernels/tables/routes.py), who
 chose the rows (model/product_keys.py) and where a table lives (parallel/expert.py). Called by: model/lookup.py.
 """
 
 from torch import Tensor
 
-from kernels.row_adam import RowAdam
-from kernels.table_routes import TableRoutes, autocast_dtype, candidates, check_adam, check_backend, check_tables
+from kernels.tables.adam import RowAdam
+from kernels.tables.routes import TableRoutes, autocast_dtype, candidates, check_adam, check_backend, check_tables
 
 __all__ = ["BACKENDS", "candidates", "embedding_bag"]
 
@@ -28,9 +28,10 @@ def embedding_bag(
             means and when it may be used. Not for "reference".
 
     Returns:
-        (P, D) in the dtype of the table, under torch.autocast in the autocast dtype; differentiable in table and gates. Sums are
-        taken in float32 at least and rounded once. An output row without copies is exactly zero, and so is the gradient of a row
-        that no copy reads. Deterministic, bit for bit.
+        (P, D) in the dtype of the table, under torch.autocast in the autocast dtype, but float64 of float64; differentiable in table
+        and gates. Sums are taken in float32 at least and rounded once. An output row without copies is exactly zero, and so is
+        the gradient of a row that no copy reads. Deterministic, bit for bit; on a GPU "torch" with a 16-bit table and "reference" only
+        under torch.use_deterministic_algorithms, because they use index_add_.
 
     Raises:
         ValueError: shapes, dtypes, devices or entries that do not fit together; "triton" without a GPU. What the routes hold is not
@@ -40,7 +41,7 @@ def embedding_bag(
     check_tables("embedding_bag", routes, gates_C, table=table_LD)
     if adam is not None:
         check_adam("embedding_bag", backend, (adam, table_LD))
-    dtype = autocast_dtype(table_LD.device.type) or table_LD.dtype
+    dtype = autocast_dtype(table_LD)
     if backend == "triton":
         from kernels.embedding_bag.op import embedding_bag_op
 

@@ -1,4 +1,4 @@
-"""embedding_bag in torch alone, forward and backward. Owns: its autograd function. Does not own: the sums (kernels/table_sums.py).
+"""embedding_bag in torch alone, forward and backward. Owns: its autograd function. Does not own: the sums (kernels/tables/sums.py).
 
 Kept for the backward pass: table, gates and ids; no row of a copy. Called by: kernels/embedding_bag.
 """
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.row_adam import RowAdam
-from kernels.table_routes import TableRoutes
-from kernels.table_sums import dots, sums, table_gradient, wide_dtype
+from kernels.tables.adam import RowAdam, pending, table_of, without
+from kernels.tables.routes import TableRoutes
+from kernels.tables.sums import dots, sums, table_gradient, wide_dtype
 
 
 def bag(table_LD: Tensor, gates_C: Tensor, routes: TableRoutes, adam: RowAdam | None) -> Tensor:
@@ -22,7 +22,9 @@ def bag(table_LD: Tensor, gates_C: Tensor, routes: TableRoutes, adam: RowAdam | 
 class _Bag(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table_LD: Tensor, gates_C: Tensor, routes: TableRoutes, adam: RowAdam | None) -> Tensor:
-        ctx.save_for_backward(table_LD, gates_C, routes.entry_C, routes.output_C, routes.order_C)
+        ctx.step = pending(table_LD, adam.state if adam else (), (), needed=ctx.needs_input_grad[0])
+        ids = routes.entry_C, routes.output_C, routes.order_C
+        ctx.save_for_backward(without(ctx.step, table_LD), gates_C, *ids)
         ctx.adam = adam
         return sums(table_LD, routes.entry_C, gates_C.to(wide_dtype(table_LD)), routes.output_ends_P)
 
@@ -30,6 +32,7 @@ class _Bag(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_PD: Tensor) -> tuple[Tensor | None, ...]:
         table_LD, gates_C, entry_C, output_C, order_C = ctx.saved_tensors
+        table_LD = table_of(ctx.step, table_LD)
         of_table_LD = of_gates_C = None
         if ctx.needs_input_grad[1]:
             of_gates_C = dots(gradient_PD, output_C, table_LD, entry_C).to(gates_C.dtype)

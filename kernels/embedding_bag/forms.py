@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from kernels.table_rows.by_row import products, weighted_sums
+from kernels.tables.by_row import products, weighted_sums
 from kernels.tools import Form
 
 NUM_COPIES, NUM_ROWS, NUM_ENTRIES = 8192, 64, 1024

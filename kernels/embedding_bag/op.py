@@ -3,7 +3,7 @@
 Owns: the custom operation, its shape, what is saved for the backward pass. Does not own: the kernels and their launches (kernels/
 table_rows), checks and autocast (the public function). Called by: kernels/embedding_bag, which imports it only where Triton is there.
 
-There is no kernel.py here: the forward pass is one launch of kernels/table_rows/by_row.py, and so is the gates' gradient; the table's is
+There is no kernel.py here: the forward pass is one launch of kernels/tables/by_row.py, and so is the gates' gradient; the table's is
 two of by_entry.py. Saved are the arguments and the routes.
 """
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.row_adam import RowAdam
-from kernels.table_routes import TableRoutes
-from kernels.table_rows.by_row import weighted_sums
-from kernels.table_rows.op import contiguous, of_adam, of_no_adam, products_op, table_gradient
+from kernels.tables.adam import RowAdam, pending, table_of, without
+from kernels.tables.by_row import weighted_sums
+from kernels.tables.op import contiguous, of_adam, of_no_adam, products_op, table_gradient
+from kernels.tables.routes import TableRoutes
 
 
 def embedding_bag_op(
@@ -48,21 +48,20 @@ def _(table_LD, gates_C, entry_C, output_C, order_C, output_ends_P, dtype, adam_
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    table, gates, entry, output_index, order, ends, _, adam_state, ctx.settings = inputs
-    ctx.save_for_backward(table, gates, entry, output_index, order, ends, *adam_state)
-    ctx.num_state = len(adam_state)
+    table, gates, entry, output_index, order, ends, _, state, settings = inputs
+    ctx.step, ctx.num_state = pending(table, state, settings, needed=ctx.needs_input_grad[0]), len(state)
+    ctx.save_for_backward(without(ctx.step, table), gates, entry, output_index, order, ends)
 
 
 def _backward(ctx: Any, gradient_PD: Tensor) -> tuple[Any, ...]:
-    table, gates, entry, output_index, order, ends, *state = ctx.saved_tensors
+    table, gates, entry, output_index, order, ends = ctx.saved_tensors
+    table = table_of(ctx.step, table)
     gradient_PD = gradient_PD.contiguous()
     of_table = of_gates = None
     if ctx.needs_input_grad[1]:
         of_gates = products_op(gradient_PD, table, entry, ends)
     if ctx.needs_input_grad[0]:  # after the gates', which reads the table as it was
-        of_table = table_gradient(
-            table, gradient_PD, output_index, gates, entry, order, state=state, settings=ctx.settings
-        )
+        of_table = table_gradient(table, gradient_PD, output_index, gates, entry, order, step=ctx.step)
     return of_table, of_gates, *[None] * 5, *of_no_adam(ctx.num_state)
 
 

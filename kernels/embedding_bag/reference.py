@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.table_routes import TableRoutes
+from kernels.tables.routes import TableRoutes
 
 
 def reference(table_LD: Tensor, gates_C: Tensor, routes: TableRoutes) -> Tensor:

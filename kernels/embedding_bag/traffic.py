@@ -1,13 +1,13 @@
 """The bytes that embedding_bag moves, from the shapes.
 
-Owns: the launches of both passes, the lower bounds. Does not own: the bytes of a launch (kernels/table_rows/traffic.py).
+Owns: the launches of both passes, the lower bounds. Does not own: the bytes of a launch (kernels/tables/traffic.py).
 Called by: benchmarks/kernels/bench_embedding_bag.py, benchmarks/kernels/compile_table.py (the table in kernels/README.md), and the tests.
 
 The gradient that a pass is given has the dtype of the output: the table's, outside autocast.
 """
 
 from kernels.peer_experts.traffic import layer
-from kernels.table_rows.traffic import FLOAT, INDEX, INT, Shape, Traffic, gradient, products, sums
+from kernels.tables.traffic import FLOAT, INDEX, INT, Shape, Traffic, gradient, products, sums
 from kernels.traffic import Example
 
 

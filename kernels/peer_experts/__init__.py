@@ -1,13 +1,13 @@
 """peer_experts: experts of one neuron each, looked up in two tables: PEER's dot products, activation, gates and weighted sums in one.
 
-Owns: the two public functions, autocast, and the choice of a backend. Does not own: the checks and the routes (kernels/table_routes.py),
+Owns: the two public functions, autocast, and the choice of a backend. Does not own: the checks and the routes (kernels/tables/routes.py),
 who chose the experts (model/product_keys.py) and where a table lives (parallel/expert.py). Called by: model/lookup.py.
 """
 
 from torch import Tensor
 
-from kernels.row_adam import RowAdam
-from kernels.table_routes import TableRoutes, as_autocast, candidates, check_adam, check_backend, check_tables
+from kernels.tables.adam import RowAdam
+from kernels.tables.routes import TableRoutes, as_autocast, candidates, check_adam, check_backend, check_tables
 
 __all__ = ["ACTIVATIONS", "BACKENDS", "candidates", "peer_experts", "peer_products"]
 
@@ -42,9 +42,10 @@ def peer_experts(
 
     Returns:
         (P, D) in the dtype of the rows, differentiable in rows, up, down and gates. Under torch.autocast the rows are rounded to its
-        dtype, and so is the result; the tables stay as they are. Products and sums are taken in float32 at least and rounded once.
-        Kept for the backward pass: the arguments, the routes, and a number per copy. An output row without copies is exactly zero,
-        and so is the gradient of a neuron that no copy reads. Deterministic, bit for bit.
+        dtype, and so is the result; the tables stay as they are, and so does float64. Products and sums are taken in float32 at
+        least and rounded once. Kept for the backward pass: the arguments, the routes, and a number per copy. An output row without
+        copies is exactly zero, and so is the gradient of a neuron that no copy reads. Deterministic, bit for bit; on a GPU "torch" with
+        16-bit tables and "reference" only under torch.use_deterministic_algorithms, because they use index_add_.
 
     Raises:
         ValueError: shapes, dtypes, devices or entries that do not fit together, an unknown activation; "triton" without a GPU. What

@@ -1,6 +1,6 @@
 """peer_experts and peer_products in torch alone, forward and backward.
 
-Owns: their autograd functions. Does not own: the sums (kernels/table_sums.py), rounding under autocast (the public functions).
+Owns: their autograd functions. Does not own: the sums (kernels/tables/sums.py), rounding under autocast (the public functions).
 Kept for the backward pass: rows, tables, gates, ids, and a number z per copy; rows of the tables are read again.
 Called by: kernels/peer_experts.
 """
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.row_adam import RowAdam
-from kernels.table_routes import TableRoutes
-from kernels.table_sums import dots, sums, table_gradient, wide_dtype
+from kernels.tables.adam import RowAdam, pending, table_of, without
+from kernels.tables.routes import TableRoutes
+from kernels.tables.sums import dots, sums, table_gradient, wide_dtype
 
 
 def experts(
@@ -54,7 +54,11 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         z_C = dots(rows_RD.to(wide_dtype(rows_RD, up_LD, down_LD)), routes.row_C, up_LD, routes.entry_C)
         ids = routes.entry_C, routes.row_C, routes.output_C, routes.order_C, routes.row_ends_R
-        ctx.save_for_backward(rows_RD, up_LD, down_LD, gates_C, z_C, *ids)
+        ctx.steps = up, down = [
+            pending(table_LD, each.state if each else (), (), needed=needed)
+            for table_LD, each, needed in zip((up_LD, down_LD), adam, ctx.needs_input_grad[1:3], strict=True)
+        ]
+        ctx.save_for_backward(rows_RD, without(up, up_LD), without(down, down_LD), gates_C, z_C, *ids)
         ctx.activation, ctx.adam = activation, adam
         return sums(down_LD, routes.entry_C, gates_C * _active(z_C, activation), routes.output_ends_P).to(rows_RD.dtype)
 
@@ -62,6 +66,7 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_PD: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, up_LD, down_LD, gates_C, z_C, entry_C, row_C, output_C, order_C, row_ends_R = ctx.saved_tensors
+        up_LD, down_LD = table_of(ctx.steps[0], up_LD), table_of(ctx.steps[1], down_LD)
         of_rows, of_up, of_down, _ = ctx.needs_input_grad[:4]
         gradient_PD, active_C = gradient_PD.to(z_C.dtype), _active(z_C, ctx.activation)
         through_C = dots(gradient_PD, output_C, down_LD, entry_C)
@@ -84,7 +89,9 @@ class _Experts(torch.autograd.Function):
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RX: Tensor, up_LX: Tensor, routes: TableRoutes, adam: RowAdam | None) -> Tensor:
-        ctx.save_for_backward(rows_RX, up_LX, routes.entry_C, routes.row_C, routes.order_C, routes.row_ends_R)
+        ctx.step = pending(up_LX, adam.state if adam else (), (), needed=ctx.needs_input_grad[1])
+        ids = routes.entry_C, routes.row_C, routes.order_C, routes.row_ends_R
+        ctx.save_for_backward(rows_RX, without(ctx.step, up_LX), *ids)
         ctx.adam = adam
         return dots(rows_RX.to(wide_dtype(rows_RX, up_LX)), routes.row_C, up_LX, routes.entry_C)
 
@@ -92,6 +99,7 @@ class _Products(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_C: Tensor) -> tuple[Tensor | None, ...]:
         rows_RX, up_LX, entry_C, row_C, order_C, row_ends_R = ctx.saved_tensors
+        up_LX = table_of(ctx.step, up_LX)
         of_rows_RX = of_up_LX = None
         if ctx.needs_input_grad[0]:
             of_rows_RX = sums(up_LX, entry_C, gradient_C, row_ends_R).to(rows_RX.dtype)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels.peer_experts.kernel import backward, forward
-from kernels.row_adam import RowAdam
-from kernels.table_rows.by_entry import add_runs
-from kernels.table_rows.by_row import products, products_tiles, sums_tiles, weighted_sums
+from kernels.tables.adam import RowAdam
+from kernels.tables.by_entry import add_runs
+from kernels.tables.by_row import products, products_tiles, sums_tiles, weighted_sums
 from kernels.tools import Form
 
 NUM_COPIES, NUM_ROWS, NUM_ENTRIES = 8192, 64, 1024
@@ -71,6 +71,7 @@ FORMS = [
     Form("forward, bf16, tables fp32, D 1024, relu", partial(launch_forward, 1024, BF16, FP32, relu=True)),
     Form("forward, fp16, D 2048", partial(launch_forward, 2048, FP16, FP16)),
     Form("forward, fp32, D 412", partial(launch_forward, 412, FP32, FP32)),
+    Form("forward, bf16, D 1001", partial(launch_forward, 1001, BF16, BF16)),
     Form("forward, bf16, 128 columns", partial(launch_forward, 128, BF16, BF16)),
     *(Form(f"products and sums, bf16, D 1024, tiles {number}", partial(launch_tiles, number)) for number in (1, 2, 3)),
     Form("backward, bf16, D 1024", partial(launch_backward, 1024, BF16, BF16)),

@@ -1,7 +1,7 @@
-"""PEER's passes over the tokens on a GPU, as launches of kernels/table_rows.
+"""PEER's passes over the tokens on a GPU, as launches of kernels/tables.
 
 Owns: which launches make the forward and the backward pass, and what lies between them. Does not own: the kernels and their tiles
-(kernels/table_rows), the gradients of the tables (kernels/table_rows/op.py), autograd (op.py), checks (the public function).
+(kernels/tables), the gradients of the tables (kernels/tables/op.py), autograd (op.py), checks (the public function).
 Called by: kernels/peer_experts/op.py and forms.py.
 
 A program that made z and summed the rows of down by itself would save a launch and 16 of about 4,130 bytes per copy (D 1,024 in bf16), and
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.table_rows.by_row import Activation, products, weighted_sums
+from kernels.tables.by_row import Activation, products, weighted_sums
 
 
 def forward(

@@ -1,7 +1,7 @@
 """peer_experts and peer_products by Triton as operations of torch: what torch.compile sees, and what autograd calls.
 
 Owns: the custom operations, their shapes, what is saved for the backward pass. Does not own: the passes (kernel.py), the tables'
-gradients (kernels/table_rows/op.py), checks and autocast (the public functions).
+gradients (kernels/tables/op.py), checks and autocast (the public functions).
 Called by: kernels/peer_experts, which imports it only where Triton is there.
 
 Saved are the arguments, the routes and z = row . up[entry], 4 bytes per copy.
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from kernels.peer_experts import kernel
-from kernels.row_adam import RowAdam
-from kernels.table_routes import TableRoutes
-from kernels.table_rows.by_row import products
-from kernels.table_rows.op import contiguous, of_adam, of_no_adam, sums_op, table_gradient
+from kernels.tables.adam import RowAdam, pending, table_of, without
+from kernels.tables.by_row import products
+from kernels.tables.op import contiguous, of_adam, of_no_adam, sums_op, table_gradient
+from kernels.tables.routes import TableRoutes
 
 
 def experts_op(
@@ -97,15 +97,19 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.relu, state, ctx.settings = inputs
-    ctx.save_for_backward(*tensors, output[1], *state)
-    ctx.num_state = len(state)
+    rows, up, down, *others, ctx.relu, state, settings = inputs
+    middle, numbers, needed = len(state) // 2, len(settings) // 2, ctx.needs_input_grad
+    of_up = pending(up, state[:middle], settings[:numbers], needed=needed[1])
+    of_down = pending(down, state[middle:], settings[numbers:], needed=needed[2])
+    ctx.save_for_backward(rows, without(of_up, up), without(of_down, down), *others, output[1])
+    ctx.steps, ctx.num_state = (of_up, of_down), len(state)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # else zeros (C,) are made for the second output
 
 
 def _backward(ctx: Any, gradient_PD: Tensor, _: None) -> tuple[Any, ...]:
-    rows, up, down, gates, entry, row, output, order, row_ends, output_ends, hidden, *state = ctx.saved_tensors
+    rows, up, down, gates, entry, row, output, order, row_ends, output_ends, hidden = ctx.saved_tensors
+    up, down = table_of(ctx.steps[0], up), table_of(ctx.steps[1], down)
     of_rows, of_up, of_down, of_gates = ctx.needs_input_grad[:4]
     gradient_PD = gradient_PD.contiguous()
     rows_gradient, gates_gradient, of_hidden_C, gated_C = tokens_op(
@@ -113,15 +117,10 @@ def _backward(ctx: Any, gradient_PD: Tensor, _: None) -> tuple[Any, ...]:
     )
     # The tables after the tokens, which read them as they were.
     up_gradient = down_gradient = None
-    middle, numbers = len(state) // 2, len(ctx.settings) // 2
     if of_up:
-        up_gradient = table_gradient(
-            up, rows, row, of_hidden_C, entry, order, state=state[:middle], settings=ctx.settings[:numbers]
-        )
+        up_gradient = table_gradient(up, rows, row, of_hidden_C, entry, order, step=ctx.steps[0])
     if of_down:
-        down_gradient = table_gradient(
-            down, gradient_PD, output, gated_C, entry, order, state=state[middle:], settings=ctx.settings[numbers:]
-        )
+        down_gradient = table_gradient(down, gradient_PD, output, gated_C, entry, order, step=ctx.steps[1])
     found = (rows_gradient if of_rows else None, up_gradient, down_gradient, gates_gradient if of_gates else None)
     return *found, *[None] * 7, *of_no_adam(ctx.num_state)
 
@@ -150,19 +149,20 @@ def _(rows_RX, up_LX, entry_C, row_C, order_C, row_ends_R, adam_state, adam_sett
 
 
 def _save_partial(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, state, ctx.settings = inputs
-    ctx.save_for_backward(*tensors, *state)
-    ctx.num_state = len(state)
+    rows, up, *others, state, settings = inputs
+    ctx.step, ctx.num_state = pending(up, state, settings, needed=ctx.needs_input_grad[1]), len(state)
+    ctx.save_for_backward(rows, without(ctx.step, up), *others)
 
 
 def _partial_backward(ctx: Any, gradient_C: Tensor) -> tuple[Any, ...]:
-    rows, up, entry, row, order, row_ends, *state = ctx.saved_tensors
+    rows, up, entry, row, order, row_ends = ctx.saved_tensors
+    up = table_of(ctx.step, up)
     of_rows = of_up = None
     gradient_C = gradient_C.contiguous()
     if ctx.needs_input_grad[0]:
         of_rows = sums_op(up, gradient_C, entry, row_ends, rows.dtype)
     if ctx.needs_input_grad[1]:
-        of_up = table_gradient(up, rows, row, gradient_C, entry, order, state=state, settings=ctx.settings)
+        of_up = table_gradient(up, rows, row, gradient_C, entry, order, step=ctx.step)
     return of_rows, of_up, *[None] * 4, *of_no_adam(ctx.num_state)
 
 

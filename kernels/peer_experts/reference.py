@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.table_routes import TableRoutes
+from kernels.tables.routes import TableRoutes
 
 
 def reference(

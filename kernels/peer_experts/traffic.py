@@ -1,7 +1,7 @@
 """The bytes that peer_experts moves, from the shapes: what its design was chosen by, and what a benchmark divides by.
 
 Owns: the launches of both passes, the lower bounds, what is saved for the backward pass. Does not own: the bytes of a launch
-(kernels/table_rows/traffic.py). Called by: benchmarks/kernels/bench_peer_experts.py, benchmarks/kernels/compile_table.py (the table in
+(kernels/tables/traffic.py). Called by: benchmarks/kernels/bench_peer_experts.py, benchmarks/kernels/compile_table.py (the table in
 kernels/README.md), and the tests.
 
 1,024^2 experts, h 8, k 16, D 1,024 in bf16, 8,192 tokens that choose alike, GB: forward 4.36 where each copy reads its two rows, 2.78
@@ -11,7 +11,7 @@ the same launches, on float32 tables, moves 33.0 and takes the place of the grad
 moments.
 """
 
-from kernels.table_rows.traffic import FLOAT, INDEX, INT, Shape, Traffic, expected_touched, gradient, products, sums
+from kernels.tables.traffic import FLOAT, INDEX, INT, Shape, Traffic, expected_touched, gradient, products, sums
 from kernels.traffic import Example
 
 

@@ -15,8 +15,8 @@ from kernels.embedding_bag.reference import reference as bag_reference
 from kernels.peer_experts import peer_experts, peer_products
 from kernels.peer_experts.reference import products_reference
 from kernels.peer_experts.reference import reference as experts_reference
-from kernels.row_adam import RowAdam
-from kernels.table_routes import TableRoutes
+from kernels.tables.adam import RowAdam
+from kernels.tables.routes import TableRoutes
 from tests.gpu.cases import DTYPES, SMOKE, TOLERANCE, assert_close, full_or_tiny, normal
 from tests.gpu.test_kernels import check
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.embedding_bag import embedding_bag
 from kernels.peer_experts import peer_experts, peer_products
-from kernels.table_routes import TableRoutes
+from kernels.tables.routes import TableRoutes
 
 NAMES = {
     "experts": ("rows", "up", "down", "gates"),
@@ -45,6 +45,7 @@ CASES = {
     "C5_D1_L1_scalars": Case([2, 3], 1, 1),
     "C70_D3_L4_more_copies_than_a_tile": Case([0, 0, 69, 1, 0, 0], 3, 4),
     "C4_D1030_L3_wider_than_a_tile": Case([3, 1], 1030, 3),
+    "C41_D300_L3_one_entry_has_all_in_two_programs_of_parts": Case([20, 21], 300, 3, only=[1]),
     "C0_D8_L3_no_copies": Case([0, 0], 8, 3),
     "C0_D8_L3_no_rows": Case([], 8, 3),
     "C0_D8_L3_no_outputs": Case([], 8, 3, rows=2),
@@ -90,7 +91,7 @@ def apply(
 
 def by_kernel(op: str, inputs: dict[str, Any], places: int = 4, **options: Any) -> dict[str, Tensor]:
     """Output and gradients by name, in programs of few places, so that runs cross them. Empty memory holds NaN."""
-    from kernels.table_rows import by_entry
+    from kernels.tables import by_entry
 
     leaves = {name: inputs[name].detach().requires_grad_() for name in NAMES[op]}
     torch.use_deterministic_algorithms(True)

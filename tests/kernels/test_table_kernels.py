@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.table_routes import TableRoutes
+from kernels.tables.routes import TableRoutes
 from tests.kernels.compare import assert_same
 from tests.kernels.tables import CASES, NAMES, Case, by_kernel, by_loop, make_inputs
 
 Run = Callable[..., Any]
 OPS = tuple(NAMES)
+GRADIENTS = ("gradient", "gradient_of_products")
 HARD = Case([9, 0, 5, 12], 12, 10, rows=7, only=[0, 4, 5, 9])
 
 
@@ -189,22 +190,24 @@ def test_tables_that_are_split_by_rows_by_columns_or_both_give_the_same(
     assert_same(interpreted(sharded, inputs, owners, slices), by_loop("experts", inputs))
 
 
-def with_other_strides(inputs: dict[str, Any]) -> dict[str, Tensor]:
+def with_other_strides(op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
     strided = {name: inputs[name].mT.contiguous().mT for name in ("rows", "up", "down")}
     routes = inputs["routes"]
     entry_C = routes.entry_C.int().repeat_interleave(2)[::2]
     gates = inputs["gates"].repeat_interleave(2)[::2]
-    gradient = inputs["gradient"][:1, :1].expand_as(inputs["gradient"])
-    return by_kernel(
-        "experts", inputs | strided | {"gates": gates, "routes": replace(routes, entry_C=entry_C), "gradient": gradient}
-    )
+    routes = replace(routes, entry_C=entry_C)
+    gradients = {name: inputs[name].flatten()[:1].expand(inputs[name].shape) for name in GRADIENTS}
+    return by_kernel(op, inputs | strided | gradients | {"gates": gates, "routes": routes})
 
 
-def test_strides_and_the_width_of_the_entries_do_not_matter(interpreted: Run) -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_strides_and_the_width_of_the_entries_do_not_matter(op: str, interpreted: Run) -> None:
+    """A gradient of stride 0 is what the sum of an output gives back."""
     inputs = make_inputs(HARD)
-    found = interpreted(with_other_strides, inputs)
-    inputs["gradient"] = inputs["gradient"][:1, :1].expand_as(inputs["gradient"]).contiguous()
-    wanted = interpreted(by_kernel, "experts", inputs)
+    found = interpreted(with_other_strides, op, inputs)
+    for name in GRADIENTS:
+        inputs[name] = torch.full_like(inputs[name], float(inputs[name].flatten()[0]))
+    wanted = interpreted(by_kernel, op, inputs)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
@@ -219,3 +222,17 @@ def test_nan_stays_with_its_row_its_output_and_its_entries(interpreted: Run) -> 
         assert found[name].isnan().any(1).tolist() == [False, True, False], name
     for name in ("up", "down"):
         assert found[name].isnan().any(1).tolist() == [False, False, True, True, False, False], name
+
+
+def test_no_tile_is_timed_twice(interpreted: Run) -> None:
+    for width in (1, 16, 100, 128, 256, 1024):
+        for copies in (1, 4, 16, 128, 300):
+            tiles = interpreted(tiles_of, width, copies)
+            assert len(set(tiles)) == len(tiles) > 0
+
+
+def tiles_of(width: int, copies: int) -> list[tuple[int, int, int]]:
+    from kernels.tables.by_row import products_tiles
+
+    tiles = products_tiles(torch.empty(1, width, dtype=torch.bfloat16), copies)
+    return [(each.copies, each.columns, each.warps) for each in tiles]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kernels.embedding_bag import traffic as bag_traffic
 from kernels.peer_experts import traffic
-from kernels.row_adam import RowAdam
-from kernels.table_routes import TableRoutes
-from kernels.table_rows.traffic import Shape
+from kernels.tables.adam import RowAdam
+from kernels.tables.routes import TableRoutes
+from kernels.tables.traffic import Shape
 from tests.kernels.compare import assert_same
 from tests.kernels.tables import NAMES, Case, apply, by_kernel, by_loop, make_inputs
 
@@ -54,7 +54,7 @@ def shape_of(case: Case, routes: TableRoutes) -> Shape:
 
 def count_bytes(op: str, inputs: dict[str, Any], adam: bool) -> list[Any]:
     """The launches of a forward and a backward pass."""
-    from kernels.table_rows import by_entry
+    from kernels.tables import by_entry
     from tests.kernels.memory import recorded_launches
 
     leaves = {name: inputs[name].requires_grad_() for name in NAMES[op]}
@@ -87,7 +87,7 @@ def test_the_byte_model_is_what_the_kernels_touch_and_nothing_is_written_twice(
 
 
 def places() -> int:
-    from kernels.table_rows import by_entry
+    from kernels.tables import by_entry
 
     return by_entry.PLACES
 
@@ -132,6 +132,23 @@ def test_nothing_is_below_its_bound() -> None:
                 bound = model.backward_bound(shape) if backward else model.forward_bound(shape)
                 assert sum(each.read + each.written for each in launches.values()) >= bound
                 assert sum(each.total for each in launches.values()) - model.must_move(shape, backward=backward) >= 0
+
+
+@pytest.mark.parametrize("tokens", [3, 8192])
+def test_what_must_move_is_counted_copy_after_copy(tokens: int) -> None:
+    """128 copies of a token, 1,024 numbers of 16 bits in a row, ids of 8 bytes, gates, z and ends of 4; a million rows."""
+    shape = traffic.layer(tokens=tokens)
+    row, copies, dense = 2048, 128 * tokens, 2048 * 1024**2
+    # each copy reads a row of each table
+    read, ids_and_gates = copies * row, copies * (8 + 4)
+    assert bag_traffic.must_move(shape, backward=False) == read + ids_and_gates + tokens * (row + 4)
+    assert traffic.must_move(shape, backward=False) == 2 * read + ids_and_gates + tokens * (2 * row + 2 * 4)
+    # order, output row and the gates' gradient; for PEER also z and the received row, and the rows' gradient
+    of_bag = copies * (4 + 8 + 4)
+    assert bag_traffic.must_move(shape, backward=True) == read + ids_and_gates + of_bag + tokens * (row + 4) + dense
+    of_peer = of_bag + copies * (4 + 8)
+    wanted = 2 * read + ids_and_gates + of_peer + tokens * (3 * row + 2 * 4) + 2 * dense
+    assert traffic.must_move(shape, backward=True) == wanted
 
 
 def bytes_saved(inputs: dict[str, Any]) -> int:
@@ -179,7 +196,7 @@ def test_compile_sees_one_graph_with_the_same_result(op: str, interpreted: Run) 
 def checked_by_torch(inputs: dict[str, Any]) -> list[str]:
     from kernels.embedding_bag import op as bag
     from kernels.peer_experts import op as experts
-    from kernels.table_rows.op import adam_op
+    from kernels.tables.op import adam_op
 
     routes = inputs["routes"]
     rows, up, down, gates = (inputs[name].requires_grad_() for name in NAMES["experts"])
@@ -240,8 +257,8 @@ def test_one_gradient_alone_is_the_same(name: str, interpreted: Run) -> None:
 
 def last_rows_of_a_large_table() -> dict[str, Tensor]:
     """Entries around number 2**31 / D of a table, of which the system gives memory to the pages that are touched, a few."""
-    from kernels.table_rows.by_entry import add_runs
-    from kernels.table_rows.by_row import products, weighted_sums
+    from kernels.tables.by_entry import add_runs
+    from kernels.tables.by_row import products, weighted_sums
 
     width, places = 1024, [2**21 - 1, 2**21, 2**21 + 1]
     table_LD, out_LD = (torch.empty(2**21 + 2, width, dtype=torch.float16) for _ in range(2))

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import table_sums
 from kernels.embedding_bag import embedding_bag
 from kernels.peer_experts import peer_experts, peer_products
-from kernels.table_routes import TableRoutes
+from kernels.tables import sums
+from kernels.tables.routes import TableRoutes
 from tests.kernels.compare import assert_same
 from tests.kernels.tables import CASES, NAMES, Case, by_loop, make_inputs
 
@@ -46,7 +46,7 @@ def both_ways(op: str, inputs: dict[str, Any], **options: Any) -> dict[str, Tens
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_sums, "CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr(sums, "CHUNK_ELEMENTS", 40)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_output_and_gradients_equal_a_loop(op: str, name: str, backend: str):
 @pytest.mark.parametrize("chunk", [1, 40, 60, 100, 1000])
 def test_chunks_may_end_anywhere(chunk: int, monkeypatch: pytest.MonkeyPatch):
     """5 copies of each row, 8 wide: 1, 5, 7, 12 and 125 copies at once."""
-    monkeypatch.setattr(table_sums, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(sums, "CHUNK_ELEMENTS", chunk)
     inputs = wide(make_inputs(Case([5] * 6, 8, 10)))
     assert_same(both_ways("experts", inputs), by_loop("experts", inputs), tolerance=1e-13)
 
@@ -271,6 +271,16 @@ def test_under_autocast_rows_and_results_are_rounded_and_tables_are_not(op: str)
     assert torch.equal(found, wanted.to(found.dtype))
     for gradient in torch.autograd.grad(found.float().sum(), leaves):
         assert gradient.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_leaves_float64_as_it_is(op: str, backend: str):
+    inputs = wide(make_inputs(WIDE))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = apply(op, [inputs[name] for name in NAMES[op]], inputs["routes"], backend=backend)
+    assert output.dtype == torch.float64
+    torch.testing.assert_close(output, by_loop(op, inputs)["output"], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.peer_experts import peer_experts
-from kernels.table_routes import TableRoutes
+from kernels.tables.routes import TableRoutes
 from tests.kernels.tables import NAMES, make_inputs
 from tests.kernels.test_tables_in_torch import WIDE
 
@@ -53,3 +53,10 @@ def test_routes_that_do_not_fit_are_refused(change: dict[str, Tensor], words: st
     given = {"entry_C": ROUTES.entry_C, "row_C": ROUTES.row_C, "output_C": ROUTES.output_C} | change
     with pytest.raises(ValueError, match=words):
         TableRoutes.of(**given, num_rows=7, num_outputs=4)
+
+
+def test_as_many_copies_as_their_order_has_no_numbers_for_are_refused():
+    """Tensors without memory; the kernels count places beyond the last copy."""
+    ids_C = torch.empty(2**31 - 4096, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="fewer than 2147479552 copies, got 2147479552"):
+        TableRoutes.of(ids_C, ids_C, ids_C, num_rows=7, num_outputs=4)

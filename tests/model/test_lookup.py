@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import table_sums
+from kernels.tables import sums
 from model.dispatch import Copies, LocalDispatcher, LocalPlan
 from model.lookup import neurons, table_reports, table_routing, table_rows, weighted_rows
 from model.parameters import ExpertBank, Table, logical_parameters, materialize, normal, zeros
@@ -144,7 +144,7 @@ def both_ways(*, tokens: int, one_expert: bool, kind: str) -> tuple[list[Tensor]
 def test_the_owners_sums_in_chunks_equal_plain_autograd(
     chunk: int, tokens: int, one_expert: bool, kind: str, monkeypatch
 ):
-    monkeypatch.setattr(table_sums, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(sums, "CHUNK_ELEMENTS", chunk)
     found, expected, _ = both_ways(tokens=tokens, one_expert=one_expert, kind=kind)
     for left, right in zip(found, expected, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=1e-13)

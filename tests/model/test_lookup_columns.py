@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import table_sums
+from kernels.tables import sums
 from model.dispatch import Compute, LocalArriving, LocalDispatcher, LocalExchange, LocalPlan, Ready
 from model.lookup import neurons, partial_products, weighted_rows
 from model.parameters import Table, materialize
@@ -32,7 +32,7 @@ def wide(*, tokens: int, one_expert: bool = False) -> tuple[list[Tensor], LocalP
 def test_products_by_columns_summed_before_the_activation_equal_the_fused_form_and_its_gradients(
     chunk: int, tokens: int, one_expert: bool, columns: int, monkeypatch
 ):
-    monkeypatch.setattr(table_sums, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(sums, "CHUNK_ELEMENTS", chunk)
     leaves, plan = wide(tokens=tokens, one_expert=one_expert)
     x, up, down, _ = leaves
     parts = [slice(first, first + 8 // columns) for first in range(0, 8, 8 // columns)]
@@ -48,7 +48,7 @@ def test_products_by_columns_summed_before_the_activation_equal_the_fused_form_a
 
 
 def test_partial_products_agree_with_finite_differences_and_do_not_see_the_gates(monkeypatch):
-    monkeypatch.setattr(table_sums, "CHUNK_ELEMENTS", 24)
+    monkeypatch.setattr(sums, "CHUNK_ELEMENTS", 24)
     (x, up, _, _), plan = wide(tokens=4)
     assert torch.autograd.gradcheck(lambda x, up: partial_products(x, up, plan), (x, up))
     gateless = replace(plan, gates_C=torch.full((4 * H * K,), torch.nan))

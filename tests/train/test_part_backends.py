@@ -46,7 +46,7 @@ def test_each_part_is_measured_where_there_is_a_choice_and_told_what_was_fastest
         return 0.5 if ("table" in self.name) == (backend == "triton") else 1.0
 
     monkeypatch.setattr(PartWork, "seconds", seconds)
-    for op in ("product_key_topk", "shift_mix", "table_routes"):
+    for op in ("product_key_topk", "shift_mix", "tables.routes"):
         monkeypatch.setattr(importlib.import_module(f"kernels.{op}"), "why_not_triton", lambda device_type: None)
     model, chosen, notes = chosen_by(config_of())
     # equal choices and tables are measured once; the two layers shift by 1 and by 2

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.gpu import table_bench
 from benchmarks.gpu.kernel_bench import Work
-from benchmarks.gpu.table_bench import Layer, choose, few_tokens, routes_of
+from benchmarks.gpu.table_bench import Layer, Row, choose, few_tokens, routes_of, verdicts
 from benchmarks.gpu.timing import Speeds, Times
 from benchmarks.kernels import bench_embedding_bag, bench_peer_experts
 from tests.benchmarks.gpu.test_figures import CPU, Measuring
@@ -76,6 +76,29 @@ def test_by_zipf_s_law_half_of_the_draws_fall_on_the_square_root_of_the_entries(
     ]
     assert share_of_popular[0] < 0.02
     assert share_of_popular[1] == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_bars_are_held_on_uniform_routing_alone() -> None:
+    rows = [
+        Row("small", zipf, part, "", share)
+        for zipf, part, share in ((False, "fwd", 0.8), (True, "fwd", 0.1), (False, "bwd", 0.4), (True, "bwd", 0.9))
+    ]
+    forward, backward = verdicts(bench_peer_experts.BENCH, rows)
+    assert "small uniform" in forward
+    assert "MISSED" not in forward.upper()
+    assert "MISSED" in backward.upper()
+
+
+def test_the_command_takes_the_speeds_of_a_gpu_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    monkeypatch.setattr("sys.argv", ["bench", "--peak-tflops", "100", "--bandwidth-gb", "3000"])
+    monkeypatch.setattr(table_bench, "find_machine", lambda *, smoke: Measuring(torch.device("cpu"), "unheard of"))
+    monkeypatch.setattr(table_bench, "why_not_triton", lambda device_type: None)
+    monkeypatch.setattr(table_bench, "check", lambda *args, **options: None)
+    monkeypatch.setattr(table_bench, "copy_bandwidth", lambda machine: None)
+    monkeypatch.setattr(table_bench, "head", lambda *args: given.append(args[3].bandwidth))
+    table_bench.main(replace(bench_peer_experts.BENCH, layers=()))
+    assert given == [3e12]
 
 
 def test_routes_are_of_tokens_that_read_and_write_themselves() -> None:

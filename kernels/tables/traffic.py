@@ -70,7 +70,7 @@ class Traffic:
 
     @property
     def total(self) -> int:
-        """With nothing found in a cache that another program has read."""
+        """With no row of a table found in a cache that another copy has read; rows of tokens, few beside them, count once."""
         return self.read + self.written + self.again
 
 

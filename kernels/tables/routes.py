@@ -6,14 +6,17 @@ what is computed of them (kernels/peer_experts, kernels/embedding_bag). Called b
 Shape letters: R received rows, P output rows, C routed copies, L rows of the table held here, X any width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.availability import why_not_triton
-from kernels.row_adam import RowAdam
+from kernels.tables.adam import RowAdam
 
+# of the kernels' place numbers, 32 bits wide, the last block may lie beyond the copies: by at most 1,024, and some room
+MAX_COPIES = 2**31 - 4096
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
 
@@ -50,7 +53,8 @@ class TableRoutes:
         """The routes of these copies, without waiting for the device. order_C: what a stable sort by entry gave, where it is known.
 
         Raises:
-            ValueError: dtypes or shapes that break the above, or, on a CPU, rows that do not ascend or lie outside.
+            ValueError: dtypes or shapes that break the above, 2**31 - 4096 copies or more, or, on a CPU, rows that do not ascend or lie
+                outside.
         """
         _check_copies(entry_C, row_C, output_C, order_C)
         for name, index_C, size in (("row_C", row_C, num_rows), ("output_C", output_C, num_outputs)):
@@ -114,7 +118,9 @@ def check_backend(op: str, backend: str, backends: tuple[str, ...], *tensors: Te
 
 
 def check_adam(op: str, backend: str, *pairs: tuple[RowAdam, Tensor]) -> None:
-    """That the backend takes a RowAdam, that each is the state of its table, and that the table will be stepped."""
+    """That the backend takes a RowAdam, that each is the state of its table and of no other, and that the table will be stepped."""
+    if not torch.compiler.is_compiling():
+        _check_apart(op, pairs)
     for adam, table_LD in pairs:
         adam.check(table_LD)
         if backend == "reference":
@@ -124,6 +130,21 @@ def check_adam(op: str, backend: str, *pairs: tuple[RowAdam, Tensor]) -> None:
                 f"{op} with adam steps its tables in the backward pass, but requires_grad of a table of {list(table_LD.shape)} is False: "
                 "set it, or leave adam out"
             )
+        if torch.is_grad_enabled() and not table_LD.is_leaf:
+            raise ValueError(
+                f"{op} with adam steps its tables in place, so they must be leaves, but a table of {list(table_LD.shape)} was computed by "
+                f"{table_LD.grad_fn}: pass the parameter itself"
+            )
+
+
+def _check_apart(op: str, pairs: Sequence[tuple[RowAdam, Tensor]]) -> None:
+    tensors = [tensor for adam, table_LD in pairs for tensor in (table_LD, *adam.state) if tensor.numel()]
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    if len(storages) < len(tensors):
+        raise ValueError(
+            f"{op} with adam steps each table and its state in place, so no two may share memory, got {len(tensors)} tensors in "
+            f"{len(storages)} storages: give each table a RowAdam and a storage of its own"
+        )
 
 
 def candidates(device_type: str) -> tuple[str, ...]:
@@ -133,12 +154,15 @@ def candidates(device_type: str) -> tuple[str, ...]:
 
 def as_autocast(rows: Tensor) -> Tensor:
     """What autocast does to an input of torch.matmul."""
-    dtype = autocast_dtype(rows.device.type)
-    return rows if dtype is None or rows.dtype == torch.float64 else rows.to(dtype)
+    return rows.to(autocast_dtype(rows))
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """Of a result that is made of the tensor: the dtype of autocast, which leaves float64 alone."""
+    device_type = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device_type)
 
 
 def _ends(ascending_C: Tensor, num_rows: int) -> Tensor:
@@ -147,6 +171,10 @@ def _ends(ascending_C: Tensor, num_rows: int) -> Tensor:
 
 
 def _check_copies(entry_C: Tensor, row_C: Tensor, output_C: Tensor, order_C: Tensor | None) -> None:
+    if entry_C.numel() >= MAX_COPIES:
+        raise ValueError(
+            f"TableRoutes takes fewer than {MAX_COPIES} copies, got {entry_C.numel()}: their order has 32 bits; use fewer tokens at once"
+        )
     expected: dict[str, tuple[Tensor | None, tuple[torch.dtype, ...]]] = {
         "entry_C": (entry_C, INTEGERS),
         "row_C": (row_C, (torch.int64,)),

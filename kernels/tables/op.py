@@ -1,18 +1,16 @@
 """The passes over a table as operations of torch, for backward passes: products, sums, and the gradient of the table itself.
 
 Owns: the custom operations, and whether a gradient is written or spent at once on a step of Adam. Does not own: the kernels (by_row.py,
-by_entry.py), the state of Adam (kernels/row_adam.py).
+by_entry.py), the state of Adam (kernels/tables/adam.py).
 Called by: the backward passes in kernels/peer_experts/op.py and kernels/embedding_bag/op.py.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kernels.row_adam import RowAdam
-from kernels.table_rows.by_entry import add_runs
-from kernels.table_rows.by_row import products, weighted_sums
+from kernels.tables.adam import PendingStep, RowAdam
+from kernels.tables.by_entry import add_runs
+from kernels.tables.by_row import products, weighted_sums
 
 
 @torch.library.custom_op("switchyard::table_products", mutates_args=())
@@ -78,13 +76,13 @@ def adam_op(
 
 def table_gradient(
     table_LD: Tensor, source_RD: Tensor, index_C: Tensor, weights_C: Tensor, entry_C: Tensor, order_C: Tensor, *,
-    state: Sequence[Tensor] = (), settings: Sequence[float] = (),
+    step: PendingStep | None,
 ) -> Tensor | None:  # fmt: skip
-    """The gradient of the table, in its dtype; None where the state of a RowAdam is given: the table has then been stepped."""
+    """The gradient of the table, in its dtype; None where there is a step, which the table has then made."""
     copies = (source_RD, index_C, weights_C, entry_C, order_C)
-    if not state:
+    if step is None:
         return gradient_op(*copies, len(table_LD), table_LD.dtype)
-    adam_op(table_LD, *state, *copies, list(settings))
+    adam_op(table_LD, *step.state, *copies, list(step.settings))
     return None
 
 

@@ -1,8 +1,9 @@
 """The sums over rows of a table that everything of PEER, PKM and Memory+ is made of, in torch alone: `dots` and `sums`.
 
-Owns: how they are computed, and that no (copies, width) temporary is larger than CHUNK_ELEMENTS. Does not own: what they are used for, the
-equations of Adam (kernels/row_adam.py). Called by: the cpu.py of kernels/peer_experts and kernels/embedding_bag, forward and backward,
-without autograd.
+Owns: how they are computed, and that rows of copies are gathered at most CHUNK_ELEMENTS at a time, or one row if it is wider. Results are
+not cut: (bags, width), so with Adam the rows of the table that were read, and without it all, in the wide dtype before they are rounded.
+Does not own: what they are used for, the equations of Adam (kernels/tables/adam.py). Called by: the cpu.py of kernels/peer_experts and
+kernels/embedding_bag, forward and backward, without autograd.
 
 Rows of the table may be narrower than float32 (bf16 where they were gathered under autocast); everything else is `wide`. Ways that were
 measured and were slower are in docs/log.md. Shape letters: C copies, N rows, B bags, U rows of the table that were read, L all of them,
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.row_adam import RowAdam
+from kernels.tables.adam import RowAdam
 
 # 1 MiB of float32: what is read is in a core's second cache when it is used. 2**17 and 2**21 are 10 % slower.
 CHUNK_ELEMENTS = 2**18
@@ -29,7 +30,8 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 def dots(left_NX: Tensor, left_C: Tensor, table_LX: Tensor, entry_C: Tensor) -> Tensor:
     """left[left_c] . table[entry_c] for each copy c, in the dtype of left, which is wide.
 
-    The bits of a product depend on nothing but its two rows, so not on how many ranks share the table.
+    On a CPU the bits of a product of up to 32,768 columns depend on nothing but its two rows, so not on how many ranks share the table;
+    wider sums torch cuts up among threads, by how many copies there are.
     """
     products_C, size = left_NX.new_empty(len(entry_C)), _chunk_size(table_LX)
     per_row = _copies_per_row(left_C, len(left_NX))

@@ -49,10 +49,12 @@ def products_tiles(table_LD: Tensor, copies_per_row: int) -> list[Tiles]:
     More columns read longer pieces of a row, 256 bytes in the first of them, which memory likes; fewer make smaller programs.
     """
     width, at_once = _power(table_LD.shape[1]), LOADS * LANE_BYTES // table_LD.itemsize
+    # rows that do not start at 16 bytes are loaded number by number: a whole tile at once spilled 336 bytes in bf16, D 1,001
+    least = 1 if table_LD.shape[1] * table_LD.itemsize % LANE_BYTES == 0 else 2
     found = []
     for columns, warps, loads in ((128, 8, 1), (128, 8, 2), (64, 4, 1), (256, 16, 2)):
         columns = min(columns, width)
-        copies = min(LANES * warps * at_once // (columns * loads), _power(copies_per_row))
+        copies = min(LANES * warps * at_once // (columns * max(loads, least)), _power(copies_per_row))
         found.append(Tiles(copies, columns, warps))
     return list(dict.fromkeys(found))
 

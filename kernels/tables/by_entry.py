@@ -1,7 +1,7 @@
 """The pass over the copies of one row of a table after the other, in Triton: the gradient of a table, or at once a step of Adam.
 
-Owns: the kernels and their launches. Does not own: the order of the copies (kernels/table_routes.py), autograd and what is zero (op.py),
-the equations of Adam (kernels/row_adam.py). Called by: op.py beside it, and forms.py of the operations.
+Owns: the kernels and their launches. Does not own: the order of the copies (kernels/tables/routes.py), autograd and what is zero (op.py),
+the equations of Adam (kernels/tables/adam.py). Called by: op.py beside it, and forms.py of the operations.
 
 The copies are sorted by the entry (row of the table) that they read. A program owns PLACES sorted places, whatever their entries: one hot
 expert may have all. It adds up each run of equal entries in registers. A run that lies within its places is finished by it; of a run
