@@ -44,7 +44,7 @@ def test_of_two_nodes_that_do_not_see_each_other_neither_is_blamed(pool, shards:
 
 
 def test_a_node_that_speaks_as_another_version_is_named(pool, shards: Path, tmp_path: Path, port: int):
-    meeting = tmp_path / "shared" / ".preflight-77.3-0"
+    meeting = tmp_path / "shared" / ".preflight-77.3-1"
     meeting.mkdir(parents=True)
     (meeting / "facts-2.json").write_text('{"rank": 2, "node": "n3", "colour": "red"}')
     argv = arguments(shards, tmp_path / "shared")
