@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The GPU checks and measurements of this project on one CUDA machine without network, in three parts of less than 9 minutes each:
+# The GPU checks and measurements of this project on one CUDA machine without network, in four parts of less than 9 minutes each:
 #
 #   benchmarks/gpu/wheels.sh .wheels                                                     # once, where there is network
 #   WHEELS=.wheels benchmarks/gpu_suite.sh tests OUT_DIR                                 # there: the tests that are marked gpu
-#   WHEELS=.wheels benchmarks/gpu_suite.sh kernels OUT_DIR && WHEELS=.wheels benchmarks/gpu_suite.sh model OUT_DIR
+#   for part in kernels relatives model; do WHEELS=.wheels benchmarks/gpu_suite.sh $part OUT_DIR; done
+#
+# kernels: of the expert layers. relatives: of PEER, PKM, top-k attention and shift mixing. model: layers and training runs.
 #
 # OUT_DIR gets <part>.log and the results as *.md. A step has a time limit; one that fails does not stop the next; the last lines say how
 # each ended, and the status is 1 if one failed. Written are OUT_DIR and Triton's cache, nothing else.
@@ -17,8 +19,8 @@
 set -uo pipefail
 
 part=${1-}
-if [ $# -ne 2 ] || [[ ! $part =~ ^(tests|kernels|model)$ ]]; then
-	echo "usage: benchmarks/gpu_suite.sh tests|kernels|model OUT_DIR" >&2
+if [ $# -ne 2 ] || [[ ! $part =~ ^(tests|kernels|relatives|model)$ ]]; then
+	echo "usage: benchmarks/gpu_suite.sh tests|kernels|relatives|model OUT_DIR" >&2
 	exit 2
 fi
 wheels=${WHEELS:+$(cd "$WHEELS" && pwd)} || exit 2
@@ -94,6 +96,13 @@ kernels)
 	module compile 170 - benchmarks.gpu.warm kernels
 	for op in expert_mlp grouped_matmul switchhead_project; do
 		module $op 100 $op.md "benchmarks.kernels.bench_$op" --profile "$out/kernel_profiles.md" "${speeds[@]}"
+	done
+	;;
+relatives)
+	rm -f "$out/relatives_profiles.md"
+	module compile 130 - benchmarks.gpu.warm relatives
+	for op in peer_experts embedding_bag product_key_topk top_k_attention shift_mix; do
+		module $op 75 $op.md "benchmarks.kernels.bench_$op" --profile "$out/relatives_profiles.md" "${speeds[@]}"
 	done
 	;;
 model)

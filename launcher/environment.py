@@ -1,25 +1,19 @@
-"""What started this process, and whether it will import the right code: the only reader of RANK, SLURM_*, OMPI_* and
-the like.
+"""What started this process: the only reader of RANK, SLURM_*, OMPI_* and the like.
 
-Owns the mapping of each starter's variables to a ProcessInfo, the choice of the device before DeepSpeed is imported,
-and the check that the packages come from this clone. Joins no group and starts nothing. Called by launcher/main.py and
-launcher/preflight.py.
+Owns the mapping of each starter's variables to a ProcessInfo, and the choice of the device before DeepSpeed is imported. Joins no
+group and starts nothing. Called by launcher/main.py and launcher/preflight.py.
 """
 
-import importlib.util
 import re
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from parallel.config import ProcessInfo
 
-PACKAGES = ("launcher", "train", "parallel", "model", "kernels", "data")
-
-# Starter -> its names of rank, world size, local rank and local world size.
+# Starter -> its names of rank, world size, local rank and local world size, and what else it always sets and is read here.
 _VARIABLES = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
@@ -30,7 +24,23 @@ _VARIABLES = {
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    "srun": (
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_LOCALID",
+        "SLURM_STEP_TASKS_PER_NODE",
+        "SLURM_NODEID",
+        "SLURM_STEP_NODELIST",
+        "SLURM_STEP_ID",
+        "SLURM_JOB_ID",
+    ),
+}
+# Set by torchrun and by deepspeed's launcher, and not by hand: one of them has started this very process.
+_LAUNCHED = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}
+_REMEDIES = {
+    "srun": "srun, which sets",
+    "openmpi": "Open MPI's mpirun, which sets",
+    "mpich": "MPICH's mpirun, which sets",
 }
 _DEFAULT_PORT = 29500
 # SLURM numbers its own steps (the batch script, an interactive shell) from here: nothing was started by srun in them.
@@ -44,13 +54,15 @@ def read_environment(environ: Mapping[str, str]) -> ProcessInfo:
         ValueError: names the variables that are missing, no numbers, or contradict each other.
     """
     explicit = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environ]
-    below = _starter_below(environ)
-    if "RANK" in explicit or (explicit and below is None):
+    launched = _LAUNCHED & environ.keys()
+    below = None if launched else _starter_below(environ)
+    if "RANK" in explicit or launched or (explicit and below is None):
         # Explicit variables win: torchrun and deepspeed are themselves started by srun or mpirun, with other ranks.
-        starter = "deepspeed" if "LOCAL_SIZE" in environ and "LOCAL_WORLD_SIZE" not in environ else "torchrun"
+        starter = _explicit_starter(environ)
         info = _process(environ, starter)
-        if below is not None and not {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"} & environ.keys():
-            _refuse_contradiction(environ, starter=starter, below=below)
+        if below is not None:
+            # A RANK exported by hand must not turn every process of an mpirun or srun into the same rank.
+            _refuse_contradiction(environ, starter, below)
         return info
     if below is None:
         return ProcessInfo(
@@ -100,34 +112,40 @@ def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...] | None:
     return tuple(given[: ended.index(False)] if False in ended else given)
 
 
-def check_imports(root: Path) -> None:
-    """RuntimeError unless every package of Switchyard is found in this clone.
-
-    The folders have no __init__.py, so a regular package of the same name (PyPI has a `kernels`) wins over them
-    wherever it lies.
-    """
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name)
-        places = [] if spec is None else list(spec.submodule_search_locations or [str(spec.origin)])
-        if not places or Path(places[0]).resolve() != (root / name).resolve():
-            raise RuntimeError(
-                f"the package {name} must come from {root / name}, but Python finds {places[0] if places else 'none'}: "
-                f"uninstall that one (pip uninstall {name}) or take its folder off PYTHONPATH"
-            )
+def _explicit_starter(environ: Mapping[str, str]) -> str:
+    """Whose RANK, WORLD_SIZE and LOCAL_RANK these are. ValueError where both launchers have left their mark and differ."""
+    ours, theirs = environ.get("LOCAL_WORLD_SIZE"), environ.get("LOCAL_SIZE")
+    if None not in (ours, theirs) and ours != theirs:
+        raise ValueError(
+            f"LOCAL_WORLD_SIZE, set by torchrun, is {ours}, but LOCAL_SIZE, set by deepspeed, is {theirs}: start with one of the two, or "
+            "unset the other's"
+        )
+    return "deepspeed" if ours is None and {"LOCAL_SIZE", "CROSS_SIZE"} & environ.keys() else "torchrun"
 
 
 def _starter_below(environ: Mapping[str, str]) -> str | None:
     """Which of mpirun and srun started this process, directly or further up.
 
-    mpirun first: inside a SLURM job it starts its own helpers by srun, whose variables then reach the ranks too. Of
-    SLURM's variables only the step's count: SLURM_PROCID is 0 in the batch script itself, where no srun has run.
+    mpirun first: inside a SLURM job it starts its own helpers by srun, whose variables then reach the ranks too. One variable of a starter
+    is enough to ask for all of them: four processes that each miss one must not become four runs. ValueError where two contradict.
     """
-    if "OMPI_COMM_WORLD_RANK" in environ:
-        return "openmpi"
-    if "PMI_RANK" in environ and "MPI_LOCALRANKID" in environ:
-        return "mpich"
-    step = environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", ""))
-    return "srun" if step.isdecimal() and int(step) < _FIRST_RESERVED_STEP else None
+    in_step = _is_in_step(environ)
+    # Of MPICH's four the first two are of its process manager PMI, which srun --mpi=pmi2 speaks too.
+    names = {"openmpi": _VARIABLES["openmpi"], "mpich": _VARIABLES["mpich"][2 if in_step else 0 :]}
+    found = [starter for starter, ours in names.items() if environ.keys() & set(ours)]
+    if len(found) == 2:
+        _refuse_contradiction(environ, *found)
+    if found and in_step and not set(_VARIABLES["srun"]) - environ.keys() and _tasks(environ)[0] > 1:
+        # Of mpirun's helpers there is one on a node. Where srun has started more, who is inside whom cannot be told.
+        _refuse_contradiction(environ, found[0], "srun")
+    return found[0] if found else "srun" if in_step else None
+
+
+def _is_in_step(environ: Mapping[str, str]) -> bool:
+    """Whether srun has run. SLURM_PROCID does not say so: it is 0 in the batch script itself, whose step has a reserved number or none."""
+    if "SLURM_STEP_ID" in environ:
+        return _number(environ, "SLURM_STEP_ID") < _FIRST_RESERVED_STEP
+    return any(name.startswith("SLURM_STEP") for name in environ)
 
 
 def _process(environ: Mapping[str, str], starter: str) -> ProcessInfo:
@@ -137,10 +155,10 @@ def _process(environ: Mapping[str, str], starter: str) -> ProcessInfo:
     if missing:
         present = [f"{name}={environ[name]}" for name in names if name in environ]
         raise ValueError(
-            f"the environment is half set: {', '.join(present) or starter} without {', '.join(missing)}: start with deepspeed or "
-            "torchrun, which set them all, or unset what is there to train with one process"
+            f"the environment is half set: {', '.join(present) or starter} without {', '.join(missing)}: start with "
+            f"{_REMEDIES.get(starter, 'deepspeed or torchrun, which set')} them all, or unset what is there to train with one process"
         )
-    local_world_size = _tasks_on_this_node(environ) if starter == "srun" else _number(environ, names[3])
+    local_world_size = _tasks(environ)[0] if starter == "srun" else _number(environ, names[3])
     world_size = _number(environ, names[1])
     address, port = _meeting_point(environ, starter, on_one_machine=local_world_size == world_size)
     try:
@@ -175,17 +193,24 @@ def _job(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _step(environ: Mapping[str, str]) -> dict[str, Any]:
-    nodes = _hosts(environ.get("SLURM_STEP_NODELIST", ""))
-    return {"step": environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", "")), "nodes": nodes}
+    """ValueError where the ranks of a node are not consecutive: expert groups, which are, would span nodes."""
+    _, first, counts = _tasks(environ)
+    rank, local_rank = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_LOCALID")
+    if rank != first + local_rank:
+        raise ValueError(
+            f"the ranks of a node must be consecutive, but SLURM_PROCID is {rank} for SLURM_LOCALID {local_rank} of node "
+            f"{environ['SLURM_NODEID']}, whose first rank is then {first}: start with srun --distribution=block"
+        )
+    return {"step": environ["SLURM_STEP_ID"], "nodes": _hosts(environ["SLURM_STEP_NODELIST"]), "tasks_of_nodes": counts}
 
 
-def _refuse_contradiction(environ: Mapping[str, str], *, starter: str, below: str) -> None:
-    """A RANK exported by hand must not turn every process of an mpirun or srun into the same rank."""
-    for ours, theirs in zip(_VARIABLES[starter][:2], _VARIABLES[below][:2], strict=True):
-        if environ[ours] != environ.get(theirs):
+def _refuse_contradiction(environ: Mapping[str, str], starter: str, below: str) -> None:
+    """ValueError unless the two give this process the same place."""
+    for ours, theirs in zip(_VARIABLES[starter][:3], _VARIABLES[below][:3], strict=True):
+        if environ.get(ours) != environ.get(theirs):
             raise ValueError(
-                f"{ours} is {environ[ours]}, but {theirs}, set by {below}, is {environ.get(theirs)}: unset RANK, WORLD_SIZE and "
-                f"LOCAL_RANK to use {below}'s"
+                f"{ours} is {environ.get(ours, 'missing')}, but {theirs}, set by {below}, is {environ.get(theirs, 'missing')}: unset "
+                f"{', '.join(_VARIABLES[starter])} to use {below}'s, or {', '.join(_VARIABLES[below])} not to"
             )
 
 
@@ -193,36 +218,55 @@ def _meeting_point(environ: Mapping[str, str], starter: str, *, on_one_machine: 
     """Address and port of rank 0: MASTER_ADDR and MASTER_PORT where set, else what the starter implies."""
     address = environ.get("MASTER_ADDR")
     port = _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else None
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if starter == "srun":
-        address = address or next(iter(_hosts(environ.get("SLURM_STEP_NODELIST", ""))), None)
+        address = address or next(iter(_hosts(environ["SLURM_STEP_NODELIST"])), None)
         # From the job, so that two jobs on one node do not meet; below 32768, where Linux gives ports to others.
-        job = environ.get("SLURM_JOB_ID", "0")
-        port = port if port is not None else 20000 + (int(job) if job.isdecimal() else 0) % 10000
+        port = port if port is not None else 20000 + _number(environ, "SLURM_JOB_ID") % 10000
+    elif starter in ("torchrun", "deepspeed") and len(absent) == 1:
+        raise ValueError(
+            f"the environment is half set: MASTER_ADDR and MASTER_PORT belong together, but {absent[0]} is missing: start with "
+            f"{starter}, which sets both, or unset the other"
+        )
     elif on_one_machine:
         address = address or "127.0.0.1"
         port = port if port is not None else _DEFAULT_PORT
     if not address or port is None:
-        absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
         raise ValueError(
-            f"processes on several machines need a meeting point, but {' and '.join(absent)} are not set: set them to the address of "
-            "rank 0's machine and a free port there"
+            f"processes on several machines need a meeting point, but there is none without {' and '.join(absent)}: set MASTER_ADDR to the "
+            "address of rank 0's machine and MASTER_PORT to a free port there"
+        )
+    if not on_one_machine and _is_here(address) and _is_a_machine(environ):
+        raise ValueError(
+            f"MASTER_ADDR must be an address of rank 0's machine that the others reach, but it is {address}, where each finds itself: "
+            "unset MASTER_ADDR, or set it to that machine's name"
         )
     return address, port
 
 
-def _tasks_on_this_node(environ: Mapping[str, str]) -> int:
-    """SLURM_STEP_TASKS_PER_NODE spells the tasks of each node, as in 2(x3),1: the entry of this node."""
+def _is_here(address: str) -> bool:
+    return address in ("localhost", "::1") or address.startswith("127.")
+
+
+def _is_a_machine(environ: Mapping[str, str]) -> bool:
+    """False where several nodes of SLURM are one machine, as in tests: they reach each other at 127.0.0.1."""
+    host = socket.gethostname().partition(".")[0]
+    return environ.get("SLURMD_NODENAME", host).partition(".")[0] == host
+
+
+def _tasks(environ: Mapping[str, str]) -> tuple[int, int, tuple[int, ...]]:
+    """Tasks on this node, on those before it, and on each: what SLURM_STEP_TASKS_PER_NODE spells as 2(x3),1."""
     counts: list[int] = []
     for entry in environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)
-        counts += [int(match[1])] * int(match[2] or 1) if match else []
-    node = _number(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else 0
-    if node >= len(counts):
+        counts += [int(match[1])] * int(match[2] or 1) if match else [0]
+    node = _number(environ, "SLURM_NODEID")
+    if node >= len(counts) or 0 in counts:
         raise ValueError(
             f"SLURM_STEP_TASKS_PER_NODE must hold the tasks of each node, but it is {environ['SLURM_STEP_TASKS_PER_NODE']} and "
             f"SLURM_NODEID is {node}: start with srun, which sets both"
         )
-    return counts[node]
+    return counts[node], sum(counts[:node]), tuple(counts)
 
 
 def _hosts(nodelist: str) -> tuple[str, ...]:

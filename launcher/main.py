@@ -37,16 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = 0
     try:
         # Not at the top: these are found only after the line above, and a ModuleNotFoundError deserves a sentence too.
-        from launcher.environment import check_imports, choose_device, read_environment
+        from launcher.imports import check_imports
 
         check_imports(ROOT)
-        from train.preemption import (
-            EXIT_CODE,
-            Preemption,
-        )  # before what takes seconds to import: a signal may come in them
+        from train.preemption import EXIT_CODE, Preemption
 
         preemption = Preemption()
-        preemption.listen()
+        preemption.listen()  # before what takes seconds to import: a signal may come in them
+        from launcher.environment import choose_device, read_environment
         from train.config import load_config
 
         args = _parse(argv)

@@ -6,6 +6,7 @@ train/node_verdict.py's and train/node_network.py's. Started by a batch script w
 
 import argparse
 import os
+import shutil
 import socket
 import sys
 import time
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Not at the top: they are found only after the line above, and --help must not wait for them.
         args = _parse(argv)
-        from launcher.environment import check_imports, read_environment
+        from launcher.environment import read_environment
+        from launcher.imports import check_imports
         from launcher.main import is_sentence, report
 
         try:
@@ -153,17 +155,20 @@ def _preflight(config: "Config", info: "ProcessInfo", args: argparse.Namespace) 
     meeting, folder = _meet(Path(config.run.dir).parent, info, patience_s)
     try:
         mark = folder / f"mark-{info.rank}"
-        mine = find_facts(config, info, mark=mark, visible=visible_gpus(os.environ), limit_s=patience_s / 2)
+        visible = () if gpus == 0 else visible_gpus(os.environ)
+        mine = find_facts(config, info, mark=mark, visible=visible, limit_s=patience_s / 2)
         told = meeting.gather("facts", mine.to_json(), patience_s=patience_s)
-        facts = {rank: from_json(values) for rank, values in sorted(told.items())}
+        facts, strangers = from_json(told)
         seen = meeting.gather(
             "seen", seen_marks(folder, facts, patience_s=patience_s / 2), ranks=facts, patience_s=patience_s
         )
         names = _names(facts, info)
         plan, store, problems = None, None, []
         if meeting.leads(facts):
+            _remove_earlier(folder, info)
             limits = Limits(gpus, args.min_gpu_gb, args.min_host_gb, patience_s)
-            problems = judge(facts, seen, names=names, limits=limits, place=str(folder.parent.resolve()))
+            place = str(folder.parent.resolve())
+            problems = judge(facts, seen, names=names, limits=limits, place=place, strangers=strangers)
             backend = "nccl" if gpus != 0 and all(node.gpus for node in facts.values()) else "gloo"
             if not problems and info.world_size > 1 and args.bandwidth_mb > 0:
                 store, problems = _open_store(info, patience_s)
@@ -198,6 +203,13 @@ def _meet(shared: Path, info: "ProcessInfo", patience_s: float) -> tuple["Meetin
     name = f"{info.job}.{info.step}-{info.restarts}" if info.launcher == "srun" else f"{info.node}-{os.getpid()}"
     folder = shared / f".preflight-{name}"
     return FolderMeeting(folder, rank=info.rank, size=info.world_size), folder
+
+
+def _remove_earlier(folder: Path, info: "ProcessInfo") -> None:
+    """What starts of this job before the present one have left: they were killed while they met."""
+    for left in folder.parent.glob(f".preflight-{info.job}.*-*"):
+        if int(left.name.rpartition("-")[2]) < info.restarts:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _names(facts: "Mapping[int, NodeFacts]", info: "ProcessInfo") -> list[str]:

@@ -26,12 +26,13 @@ from model.top_k_attention import AttentionDropout, top_k_attend
 class Attend(DeclaringModule):
     """softmax(scores) v, with scores q k^T / sqrt(C) by content and, for `positions: xl`, by distance (relative.py).
 
-    draw and learned: of Transformer-XL's positions, see RelativePositions.
+    draw and learned: of Transformer-XL's positions, see RelativePositions. backend: of kernels/top_k_attention, where that computes.
     """
 
     def __init__(self, config: AttendSection, place: Place, *, draw: Initializer, learned: bool) -> None:
         super().__init__()
         self.config = config
+        self.backend = "torch"
         self.relative: RelativePositions | None = None
         if config.positions == "xl":
             self.relative = RelativePositions(
@@ -41,6 +42,11 @@ class Attend(DeclaringModule):
                 draw=draw,
                 learned=learned,
             )
+
+    def selects(self) -> bool:
+        """Whether the attention in chunks (top_k_attention.py) computes in training, and not torch's fused one."""
+        config = self.config
+        return config.attend_top_k is not None or config.attend_chunk is not None or config.attention_dropout > 0
 
     def new_cache(self, *, block_length: int) -> KeyValueCache:
         """An empty cache; keys are held turned to their positions (rope) or plain."""
@@ -87,6 +93,7 @@ class Attend(DeclaringModule):
                 scale=scale,
                 relative=by_distance,
                 drop=AttentionDropout(context, self.config.attention_dropout) if drops else None,
+                backend=self.backend,
             )
         bias = _bias(mask, by_distance)
         shared = q_BHSC.shape[1] != k_BGMC.shape[1]

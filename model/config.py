@@ -102,6 +102,11 @@ class ModelConfig(Section):
         description="how experts compute; auto: the fastest, measured before the first step; triton_dense: SwitchHead's by all of a head",
     )
 
+    kernel_backend: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="how tables (peer, pkm), the choice of their rows, top-k attention and hsm compute; auto: as for expert_backend",
+    )
+
     @field_validator("mixers", "feedforwards")
     @classmethod
     def _kinds_exist(cls, pattern: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:

@@ -60,10 +60,12 @@ class Copies:
     def sort(self) -> "LocalPlan":
         """The plan, with gates of ones."""
         routes = sort_routes(self.group_C, num_groups=self.num_groups)
-        row_index_C = self.row_C[routes.order_C]
+        row_index_C = self.row_C.index_select(0, routes.order_C)  # indexing by [] takes 5 times as long on a CPU
         return LocalPlan(
             row_index_C=row_index_C,
-            output_index_C=row_index_C if self.output_C is self.row_C else self.output_C[routes.order_C],
+            output_index_C=row_index_C
+            if self.output_C is self.row_C
+            else self.output_C.index_select(0, routes.order_C),
             gates_C=torch.ones(len(row_index_C), device=row_index_C.device),
             offsets_L=routes.offsets_G,
             num_outputs=self.num_outputs,
@@ -112,10 +114,12 @@ class LocalPlan:
 
     def with_gates(self, gates_C: Tensor) -> "LocalPlan":
         """The plan with the gates of its copies; gates_C (C,) in the order in which the copies came. Differentiable."""
+        return replace(self, gates_C=self.as_sorted(gates_C))
+
+    def as_sorted(self, found_C: Tensor) -> Tensor:
+        """What was found for the copies in the order in which they came, in the order of the plan. Differentiable."""
         assert self.sorting is not None
-        return replace(
-            self, gates_C=_Permuted.apply(gates_C, self.sorting.routes.order_C, self.sorting.routes.inverse_C)
-        )
+        return _Permuted.apply(found_C, self.sorting.routes.order_C, self.sorting.routes.inverse_C)
 
     def as_they_came(self, found_C: Tensor) -> Tensor:
         """What was found for the copies of the plan, in the order in which they came. Differentiable."""

@@ -1,13 +1,11 @@
-"""How the experts of a bank are computed: which backends could, and how long each takes on this device.
+"""How the experts of a bank are computed: which backends could, and the work by which they are compared.
 
-Owns: the candidates, and the work by which they are compared: a forward and a backward pass through model/experts.py on uniform random
-routes of the run's sizes. Does not own: when it is done, what is kept and logged (train/backends.py).
+Owns: the candidates, and that work: a forward and a backward pass through model/experts.py on uniform random routes of the run's sizes.
+Does not own: the clock (work.py), when it is used, what is kept and logged (train/backends.py).
 
 Shape letters: T tokens, H heads, K choices, N = T H routings, R rows, G expert groups.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +15,15 @@ from torch import Tensor
 
 from kernels.availability import why_not_triton
 from kernels.grouped_matmul import why_not_torch
-from kernels.tuning import measuring
 from model.dispatch import Compute, LocalArriving, LocalExchange, Routing
 from model.experts import DENSE, gate_then_project, gated_mlp, project_then_gate
 from model.parameters import ExpertBank, zeros
 from model.section import BankShape
-
-PASSES, WARM_UP = 5, 2
+from model.work import Work
 
 
 @dataclass(frozen=True)
-class BankWork:
+class BankWork(Work):
     """What the experts of a bank do on one rank in a micro-step.
 
     bank: any but a table. tokens: of the rank, those of memory included. num_groups: held here. whole: all groups are, so that a
@@ -60,10 +56,7 @@ class BankWork:
         return self.bank.same_rows
 
     def candidates(self, device_type: str) -> list[str]:
-        """The backends that can do it, at least one, the likely fastest first.
-
-        On a CPU the two give the same bits, so that a clock may choose; on a GPU what is chosen must be kept.
-        """
+        """On a CPU the two give the same bits, so that a clock may choose; on a GPU what is chosen must be kept."""
         by_torch = ["torch"] * (why_not_torch(self.dtype, device_type=device_type, widths=self.widths) is None)
         if device_type == "cpu":
             return [*by_torch, "loop"]
@@ -71,23 +64,8 @@ class BankWork:
             return by_torch or ["loop"]
         return ["triton", *[DENSE] * (self.whole and not self._is_mlp), *by_torch]
 
-    def seconds(self, backend: str, *, device: torch.device) -> float:
-        """The median time of a forward and backward pass. The tiles of kernels are chosen in the first."""
-        work = self.work(backend, device=device)
-        with measuring():
-            for _ in range(WARM_UP):
-                work()
-        times = []
-        for _ in range(PASSES):
-            _wait(device)
-            began = time.perf_counter()
-            work()
-            _wait(device)
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
-
     def work(self, backend: str, *, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
-        """Each call is a forward and a backward pass: the output, and the gradients of rows, weights and gates."""
+        """The output, and the gradients of rows, weights and gates."""
         generator = torch.Generator(device).manual_seed(0)
         normal = partial(torch.randn, generator=generator, device=device)
         bank, compute = self._experts(backend, normal)
@@ -140,8 +118,3 @@ class BankWork:
             num_outputs=tokens * self.bank.outputs_per_token,
             bank=bank,
         )
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -131,7 +131,7 @@ class Table(ExpertBank):
     rows_per_block = 1024
 
     def __init__(self, num_rows: int, weights: BankWeights) -> None:
-        super().__init__(num_rows, weights, decays=False)
+        super().__init__(num_rows, weights, backend="torch", decays=False)
 
     def shard(self, *, rank: int, size: int, columns: int = 1) -> None:
         """Keeps a range of rows and one of columns: rank = row shard * columns + column; num_ranks is then the number of row shards.

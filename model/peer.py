@@ -2,7 +2,7 @@
 
 The layer is written for one process; parallel/parallelize.py narrows the table and hands it another dispatcher, and the query's norm
 statistics over all ranks. Shape letters: B rows, S positions, T = B*S tokens, D model width, H heads, Z = 2 halves, J sub-keys of a
-half, K picks, N = T routings, R received rows, P output rows, X columns of the tables held here.
+half, C width of half a query, K picks, N = T routings, R received rows, P output rows or queries, X columns of the tables held here.
 """
 
 import math
@@ -18,7 +18,7 @@ from model.layer import LayerOutput
 from model.lookup import neurons, partial_products, table_reports, table_routing, table_rows, weighted_rows
 from model.parameters import DeclaringModule, Table, normal
 from model.product_key_config import PEERConfig
-from model.product_keys import ProductKeys, choose_pairs, gates_of
+from model.product_keys import ProductKeys, gates_of
 from model.section import Place
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
@@ -35,7 +35,6 @@ class PEER(DeclaringModule):
     def __init__(self, config: PEERConfig, place: Place) -> None:
         super().__init__()
         self.config = config
-        self.activation = ACTIVATIONS[config.activation]
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.router = ProductKeys(
             d_model=place.d_model,
@@ -58,8 +57,8 @@ class PEER(DeclaringModule):
         x_TD = x_BSD.flatten(0, 1)
 
         # route
-        scores_THZJ, updates = self.router(x_TD)
-        choice = choose_pairs(scores_THZJ, top_k=config.top_k)
+        queries_TPZC, updates = self.router(x_TD)
+        choice = self.router.choose(queries_TPZC, top_k=config.top_k)
         gates_THK = gates_of(choice.scores_THK, kind=config.scores)
         rows_THK = table_rows(choice.first_THK, choice.second_THK, num_keys=config.num_keys)
         by_columns = self.experts.columns > 1
@@ -76,7 +75,8 @@ class PEER(DeclaringModule):
         else:
 
             def experts(rows_RD: Tensor, plan: LocalPlan) -> Tensor:
-                return neurons(rows_RD, weights["up"], weights["down"], plan, activation=self.activation)
+                tables = weights["up"], weights["down"]
+                return neurons(rows_RD, *tables, plan, activation=config.activation, backend=self.experts.backend)
 
             y_TD = self.dispatcher.combine(arriving, experts, label="peer").wait()
         return LayerOutput(y_TD.view_as(x_BSD), reports=reports, updates=updates)
@@ -87,13 +87,13 @@ class PEER(DeclaringModule):
         """
 
         def products(rows_RX: Tensor, plan: LocalPlan) -> Tensor:
-            return partial_products(rows_RX, weights["up"], plan)
+            return partial_products(rows_RX, weights["up"], plan, backend=self.experts.backend)
 
         def values(rows_RX: Tensor, plan: LocalPlan) -> Tensor:
-            return weighted_rows(weights["down"], plan)
+            return weighted_rows(weights["down"], plan, backend=self.experts.backend)
 
         z_NK = self.dispatcher.reply(arriving, products, label="peer").wait()
-        weights_NK = gates_NK * self.activation(z_NK)
+        weights_NK = gates_NK * ACTIVATIONS[self.config.activation](z_NK)
         return self.dispatcher.combine(arriving, values, label="peer", gates_NK=weights_NK).wait()
 
 

@@ -2,7 +2,7 @@
 
 The layers are written for one process; parallel/parallelize.py narrows the table and hands it another dispatcher. Only ids and gates
 travel to the owners of the values, and no hidden states. Shape letters: B rows, S positions, T = B*S tokens, D model width, H heads,
-Z = 2 halves, J sub-keys of a half, K picks, G = J^2 values, P output rows.
+Z = 2 halves, J sub-keys of a half, C width of half a query, K picks, G = J^2 values, P output rows or queries.
 """
 
 import math
@@ -16,7 +16,7 @@ from model.layer import LayerOutput, Linear
 from model.lookup import table_reports, table_routing, table_rows, weighted_rows
 from model.parameters import DeclaringModule, Initializer, Table, normal, uniform
 from model.product_key_config import PKMConfig
-from model.product_keys import ProductKeys, choose_pairs, gates_of
+from model.product_keys import ProductKeys, gates_of
 from model.section import Place
 
 
@@ -43,9 +43,9 @@ class PKM(DeclaringModule):
         x_TD = x_BSD.flatten(0, 1)
 
         # route
-        scores_THZJ, updates = self.router(x_TD)
+        queries_TPZC, updates = self.router(x_TD)
         assert config.top_k is not None
-        choice = choose_pairs(scores_THZJ, top_k=config.top_k)
+        choice = self.router.choose(queries_TPZC, top_k=config.top_k)
         gates_THK = gates_of(choice.scores_THK, kind=config.scores)
         rows_THK = table_rows(choice.first_THK, choice.second_THK, num_keys=config.num_keys)
         (exchange,) = self.dispatcher.plan(table_routing(rows_THK, gates_THK, self.table))
@@ -57,7 +57,7 @@ class PKM(DeclaringModule):
         weights = gathering.wait()
 
         def values(rows_R0: Tensor, plan: LocalPlan) -> Tensor:
-            return weighted_rows(weights["values"], plan)
+            return weighted_rows(weights["values"], plan, backend=self.table.backend)
 
         y_BSD = self.dispatcher.combine(arriving, values, label="pkm").wait().view_as(x_BSD)
         if self.gate is not None:
@@ -83,8 +83,8 @@ class DensePKM(DeclaringModule):
         self.gate = MemoryGate(place.d_model) if config.gated else None
 
     def forward(self, x_BSD: Tensor, context: BatchContext, carry_TX: Tensor | None = None) -> LayerOutput:
-        scores_THZJ, updates = self.router(x_BSD.flatten(0, 1))
-        first_TJ, second_TJ = scores_THZJ.sum(1).unbind(1)
+        queries_TPZC, updates = self.router(x_BSD.flatten(0, 1))
+        first_TJ, second_TJ = self.router.scores(queries_TPZC).sum(1).unbind(1)
         scores_TG = (first_TJ[:, :, None] + second_TJ[:, None, :]).flatten(1)
         y_BSD = (gates_of(scores_TG, kind=self.config.scores) @ self.values).view(x_BSD.shape)
         if self.gate is not None:

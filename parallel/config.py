@@ -85,7 +85,8 @@ class ProcessInfo(BaseModel):
 
     `launcher` names what started it ("torchrun", "deepspeed", "python", ...). `master_port` 0 (one process only) means
     any free port. The rest may be unknown: `node` is this machine's name; under SLURM `job` and `step` are its ids, `restarts` says how
-    often the job was requeued, `nodes` are the step's machines in the order of their ranks, and `gpus` is what was promised on this one.
+    often the job was requeued, `nodes` are the step's machines in the order of their ranks and `tasks_of_nodes` the processes on each, and
+    `gpus` is what was promised on this one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -102,6 +103,7 @@ class ProcessInfo(BaseModel):
     step: str = ""
     restarts: Annotated[int, Field(ge=0)] = 0
     nodes: tuple[str, ...] = ()
+    tasks_of_nodes: tuple[Size, ...] = ()
     gpus: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")

@@ -166,7 +166,7 @@ def open_mesh(
     seconds for a rank fails with an error instead of waiting for ever (some groups in whole minutes, rounded up).
 
     Raises:
-        ValueError: ep_size is above node_size and not a multiple of it.
+        ValueError: ep_size is above node_size and not a multiple of it, or the ranks were given different sizes.
     """
     node_size = node_size or info.world_size
     check_nodes(ep_size=ep_size, node_size=node_size)
@@ -183,6 +183,7 @@ def open_mesh(
             store=HashStore() if info.world_size == 1 else None,  # one process needs no port
         )
     try:
+        _check_same_sizes({"ep_size": ep_size, "node_size": node_size}, device)
         with (
             _groups(ep_size, timeout_s=timeout_s) as parallel_state,
             _node_groups(info, ep_size=ep_size, node_size=node_size, timeout_s=timeout_s) as (node, rail),
@@ -209,6 +210,18 @@ def open_mesh(
     finally:
         if owns_process_group:
             dist.destroy_process_group()
+
+
+def _check_same_sizes(sizes: dict[str, int], device: torch.device) -> None:
+    """Ranks that want different groups would wait for each other in the making of them. One all-reduce of 32 bytes over all ranks."""
+    ends = torch.tensor([[size, -size] for size in sizes.values()], device=device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    for name, (most, least) in zip(sizes, ends.tolist(), strict=True):
+        if most != -least:
+            raise ValueError(
+                f"{name} must be the same on all ranks, but it is {-least} on some and {most} on others: start as many processes on each "
+                f"node, or set parallel.{name}"
+            )
 
 
 @contextlib.contextmanager

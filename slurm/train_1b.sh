@@ -1,5 +1,6 @@
 #!/bin/bash
-# Trains configs/switchall_1b.yaml on two nodes of 8 GPUs; goes on by itself after a preemption, a time limit, a dead node or a bad one.
+# Trains configs/switchall_1b.yaml on two nodes of 8 GPUs; goes on by itself after a preemption, a time limit, a dead node or a bad one
+# (slurm/requeue.sh).
 #
 #   sbatch slurm/train_1b.sh                                from the folder of the clone; slurm/README.md tells of a day with it
 #   sbatch --nodes=4 slurm/train_1b.sh --set optim.lr=5.0e-4      any number of nodes; what follows the script goes to launcher/main.py
@@ -8,7 +9,9 @@
 #   CONFIG, RUN_DIR   the config, and the run folder: another run needs another one
 #   PREFLIGHT=0       does not look at the nodes first
 #   RANK_LOGS=1       what the ranks say goes to logs/NAME-JOBID-RANK.out, not to the job's log
-#   LAUNCH            srun (one task for each GPU) | torchrun | deepspeed | mpirun: who starts the ranks. Only srun requeues
+#   LAUNCH            srun (one task for each GPU) | torchrun | deepspeed | mpirun: who starts the ranks. torchrun and deepspeed end
+#                     with codes of their own: only with srun and mpirun does a preempted job come back for sure
+#   ENV_SH            another file in the place of slurm/env.sh
 #
 #SBATCH --job-name=switchall_1b
 #SBATCH --nodes=2
@@ -27,27 +30,25 @@
 
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?this is a batch script: start it with sbatch}"
-if [ ! -f launcher/main.py ]; then
-    echo "error: sbatch must be called in the folder of the clone, but it was called in $PWD" >&2
+wrong() {
+    echo "error: $*" >&2
     exit 2
-fi
+}
+[ -f launcher/main.py ] || wrong "sbatch must be called in the folder of the clone, but it was called in $PWD"
 CONTAINER=()
 set +eu # what sites source, as `module`, may not bear it
 source "${ENV_SH:-slurm/env.sh}"
 set -eu
 CONFIG=${CONFIG:-configs/switchall_1b.yaml}
 RUN_DIR=${RUN_DIR:-runs/$SLURM_JOB_NAME}
-case " $* " in *" run.dir="*)
-    echo "error: the run folder must be given as RUN_DIR, which this script looks into, but it is in: $*" >&2
-    exit 2
-    ;;
-esac
+LAUNCH=${LAUNCH:-srun} PREFLIGHT=${PREFLIGHT:-1} RANK_LOGS=${RANK_LOGS:-0}
+[[ " $*" != *[\ =]run.dir=* ]] || wrong "the run folder must be given as RUN_DIR, which this script looks into, but it is in: $*"
+[[ $LAUNCH =~ ^(srun|torchrun|deepspeed|mpirun)$ ]] || wrong "LAUNCH must be srun, torchrun, deepspeed or mpirun, but it is $LAUNCH"
+[[ $PREFLIGHT =~ ^[01]$ ]] || wrong "PREFLIGHT must be 0 or 1, but it is $PREFLIGHT"
+[[ $RANK_LOGS =~ ^[01]$ ]] || wrong "RANK_LOGS must be 0 or 1, but it is $RANK_LOGS"
+[ -n "${SLURM_NTASKS_PER_NODE:-}" ] || wrong "--ntasks-per-node, the ranks of a node, must be given to sbatch, but is not"
 TRAINER=(launcher/main.py --config "$CONFIG" --set run.dir="$RUN_DIR" "$@")
-RESTARTS=${SLURM_RESTART_COUNT:-0} # not set in the first start
-# Of an array one element's number is also that of the whole, and `scontrol requeue` would take them all.
-JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-JOB=${JOB:-$SLURM_JOB_ID}
-say() { echo "$(date +%FT%T) [job $SLURM_JOB_ID, restart $RESTARTS] $*"; }
+source slurm/requeue.sh
 
 # ---- settings, each with its reason ----
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # since SLURM 22.05 srun no longer takes it over from sbatch
@@ -59,42 +60,31 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=1             # a broken link ends the ra
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # rows received differ in number from step to step
 
 # ---- are the nodes well? A bad one is excluded from the job, which goes back into the queue ----
-exclude_and_requeue() { # a comma list of nodes
-    trap '' TERM # requeueing ends this script; the lines after it need a moment
-    local excluded
-    excluded=$(scontrol show job "$JOB" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | grep -v '(null)' || true)
-    scontrol requeuehold "$JOB" # a job that runs cannot be changed
-    scontrol update jobid="$JOB" ExcNodeList="$1${excluded:+,$excluded}" || say "$1 cannot be excluded"
-    scontrol release "$JOB" || say "the job is held: scontrol release $JOB"
-    sleep 60 # the requeue ends this script
-    exit 1
+# The verdict is read from what the preflight prints, not from a file: the first node, where this runs, may be what lacks a file system.
+bad_nodes() { # shows what it reads, and gives what stands in: bad nodes: n2,n5
+    local line bad=
+    while IFS= read -r line; do
+        echo "$line" >&3
+        [[ $line != "bad nodes: "* ]] || bad=${line#bad nodes: }
+    done
+    echo "$bad"
 }
-mkdir -p "$RUN_DIR"
-if [ "${PREFLIGHT:-1}" = 1 ]; then
-    BAD=$RUN_DIR/bad-nodes-$SLURM_JOB_ID
-    rm -f "$BAD"
-    rc=0
+rc=0
+if [ "$PREFLIGHT" = 1 ]; then
     # --kill-on-bad-exit=0: a bad node must not end the others, which decide about it; timeout: it may never answer
-    timeout 20m srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 "${CONTAINER[@]}" \
-        "$PYTHON" launcher/preflight.py --config "$CONFIG" --set run.dir="$RUN_DIR" "$@" --bad-nodes-file "$BAD" || rc=$?
-    if [ -s "$BAD" ]; then
-        say "bad nodes: $(cat "$BAD"); they are excluded and the job goes back into the queue"
-        exclude_and_requeue "$(cat "$BAD")"
-    elif [ "$rc" = 143 ]; then # SIGTERM came before the training had begun
-        say "asked to end during the preflight; the job goes back into the queue"
-        scontrol requeue "$JOB"
-        sleep 60 # the requeue ends this script
-        exit 1
-    elif [ "$rc" != 0 ]; then
+    { bad=$(timeout -k 30 20m srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 "${CONTAINER[@]}" \
+        "$PYTHON" launcher/preflight.py --config "$CONFIG" --set run.dir="$RUN_DIR" "$@" | bad_nodes) || rc=$?; } 3>&1
+    [ -z "$bad" ] || exclude_and_requeue "$bad" "bad nodes"
+    [ "$rc" != 143 ] || requeue "asked to end during the preflight" # by SIGTERM, before the training had begun
+    if [ "$rc" != 0 ]; then
+        [ "$rc" = 2 ] || exclude_lost_nodes # 2: the command or the config is wrong
         say "stopped: the preflight ended with $rc, and no node can be blamed for it (see above)"
         exit 1
     fi
 fi
 
 # ---- is there any sense in starting? ----
-newest() { # the checkpoint that `latest` names, as in: CHECKSUM  step_000100/manifest.json
-    [ -f "$RUN_DIR/checkpoints/latest" ] && sed 's|.* \(step_[0-9]*\)/.*|\1|' "$RUN_DIR/checkpoints/latest" || echo "the beginning"
-}
+mkdir -p "$RUN_DIR"
 ATTEMPTS=$RUN_DIR/attempts-$SLURM_JOB_ID
 newest >>"$ATTEMPTS"
 if [ "$(wc -l <"$ATTEMPTS")" -gt 2 ] && [ "$(tail -n 3 "$ATTEMPTS" | sort -u | wc -l)" = 1 ]; then
@@ -105,14 +95,15 @@ say "start on $SLURM_JOB_NODELIST from $(newest); $(git describe --always --dirt
 
 # ---- train ----
 MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-: "${SLURM_NTASKS_PER_NODE:?give sbatch --ntasks-per-node}"
 PORT=$((20000 + SLURM_JOB_ID % 10000)) # as launcher/environment.py has it: two jobs on one node do not meet
 LOGS=()
-[ "${RANK_LOGS:-0}" = 1 ] && LOGS=(--output="logs/%x-%j-%t.out")
-# --kill-on-bad-exit: one dead rank ends the others. --wait: they get a minute for their last words.
+[ "$RANK_LOGS" = 0 ] || LOGS=(--output="logs/%x-%j-%t.out")
+# --kill-on-bad-exit: a rank that fails ends the others, by SIGTERM at once and by SIGKILL after SLURM's KillWait, 30 s on most sites;
+# --wait: one that ends well leaves them a minute.
 SRUN=(srun --kill-on-bad-exit=1 --wait=60 --label "${LOGS[@]}" "${CONTAINER[@]}")
-ONE_EACH=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1)
-case ${LAUNCH:-srun} in
+# The one task gets the CPUs of all the ranks that it starts.
+ONE_EACH=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="$((SRUN_CPUS_PER_TASK * SLURM_NTASKS_PER_NODE))")
+case $LAUNCH in
 srun) COMMAND=("${SRUN[@]}" "$PYTHON" "${TRAINER[@]}") ;;
 torchrun) COMMAND=("${SRUN[@]}" "${ONE_EACH[@]}" "$PYTHON" -m torch.distributed.run --nnodes="$SLURM_NNODES"
     --nproc-per-node="$SLURM_NTASKS_PER_NODE" --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$MASTER:$PORT" "${TRAINER[@]}") ;;
@@ -120,22 +111,14 @@ deepspeed)
     HOSTFILE=$RUN_DIR/hostfile-$SLURM_JOB_ID
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$SLURM_NTASKS_PER_NODE/" >"$HOSTFILE"
     # --no_ssh: srun starts one of its launchers on each node, which needs to know the node's number there
-    COMMAND=("${SRUN[@]}" "${ONE_EACH[@]}" bash -c '"$0" --no_ssh --node_rank="$SLURM_NODEID" "$@"' "${PYTHON%/*}/deepspeed"
+    COMMAND=("${SRUN[@]}" "${ONE_EACH[@]}" bash -c '"$0" -m deepspeed.launcher.runner --no_ssh --node_rank="$SLURM_NODEID" "$@"' "$PYTHON"
         --hostfile="$HOSTFILE" --master_addr="$MASTER" --master_port="$PORT" "${TRAINER[@]}") ;;
 mpirun)
-    export MASTER_ADDR=$MASTER MASTER_PORT=$PORT # MPI does not say where rank 0 is
+    export MASTER_ADDR=${MASTER_ADDR:-$MASTER} MASTER_PORT=${MASTER_PORT:-$PORT} # MPI does not say where rank 0 is
     COMMAND=("$MPIRUN" -n "$((SLURM_NNODES * SLURM_NTASKS_PER_NODE))" "$PYTHON" "${TRAINER[@]}")
     ;;
-*)
-    echo "error: LAUNCH must be srun, torchrun, deepspeed or mpirun, but it is $LAUNCH" >&2
-    exit 2
-    ;;
 esac
-
-# This shell hears SIGTERM where the whole job is ended: by scancel, or by a preemption after which SLURM itself requeues.
-ended_from_outside=0
-trap 'ended_from_outside=1' TERM
-rc=0
+stop_if_ended
 "${COMMAND[@]}" &
 step=$!
 wait "$step" || rc=$?
@@ -145,30 +128,26 @@ while kill -0 "$step" 2>/dev/null; do # `wait` returns when the trap has run
 done
 
 # ---- what next? ----
-if [ "$ended_from_outside" = 1 ]; then
-    say "ended from outside at $(newest); no requeue"
-    exit "$rc"
-elif [ "$rc" = 85 ]; then
-    say "ended early at $(newest); the job goes back into the queue"
-    scontrol requeue "$JOB"
-    sleep 60 # the requeue ends this script
-    exit "$rc"
-elif [ "$rc" = 0 ] && [ -f "$RUN_DIR/done" ]; then
+is_new() { # a file that this start has written. Listed first: NFS remembers for a minute what was in a folder
+    ls "$RUN_DIR" >/dev/null && [ "$RUN_DIR/$1" -nt "$ATTEMPTS" ]
+}
+is_free() { # no other job has the run folder: whom it refuses ends its other ranks by SIGTERM too, and must not come back
+    [ ! -e "$RUN_DIR/lock" ] || flock --nonblock "$RUN_DIR/lock" true
+}
+stop_if_ended
+if [ "$rc" = 85 ]; then
+    requeue "ended early at $(newest)"
+elif [ "$rc" = 0 ] && is_new done; then
     say "done: $(cat "$RUN_DIR/done")"
 elif [ "$rc" = 0 ]; then
-    say "failed: srun ended with 0 but $RUN_DIR/done is missing: a node failed; SLURM requeues the job if it may"
+    say "failed: srun ended with 0 but $RUN_DIR/done was not written: a node failed; SLURM requeues the job if it may"
     exit 1
+elif [ "$rc" = 143 ] && ! is_new crash.json && is_free; then # SIGTERM in the second before a rank can listen
+    exclude_lost_nodes
+    requeue "a rank was ended by a signal, and no rank has written why"
 else
     say "failed with $rc at $(newest)"
-    if [ "$RUN_DIR/crash.json" -nt "$ATTEMPTS" ]; then "$PYTHON" -m train.crash "$RUN_DIR" || true; fi
-    # SLURM itself may need minutes to see that a node is dead
-    lost=
-    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-        timeout 30 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" true 2>/dev/null || lost=${lost:+$lost,}$node
-    done
-    if [ -n "$lost" ]; then
-        say "lost nodes: $lost; they are excluded and the job goes back into the queue"
-        exclude_and_requeue "$lost"
-    fi
+    if is_new crash.json; then "$PYTHON" -m train.crash "$RUN_DIR" || true; fi
+    [ "$rc" = 2 ] || exclude_lost_nodes # 2: the config is wrong
     exit "$rc"
 fi

@@ -1,7 +1,8 @@
-"""Which backend computes the experts of each bank: by its name in the config, or the fastest by a measurement before the first step.
+"""Which backend computes each bank of experts, and each other part that has kernels: by its name in the config, or the fastest by a
+measurement before the first step.
 
 Owns: when it is measured, what is kept of it in the run folder, and what the log says. Does not own: the candidates and the work by which
-they are compared (model/expert_choice.py), the tiles of kernels (kernels/tuning.py).
+they are compared (model/expert_choice.py, model/part_choice.py), the tiles of kernels (kernels/tuning.py).
 Called by train/run.py and train/build.py.
 
 Rank 0 measures and tells the others. On a CPU all candidates give the same bits. On a GPU they do not, so a run that is started again
@@ -15,7 +16,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -23,8 +24,9 @@ from kernels import tuning
 from kernels.grouped_matmul import choose_backend, why_not_torch
 from model.expert_choice import BankWork
 from model.experts import DENSE
-from model.parameters import ExpertBank
+from model.part_choice import PartWork, Sizes, table_work
 from model.transformer import Transformer
+from model.work import Work
 from train.config import Config, Layout
 from train.engine import World
 from train.run_folder import RunFolder, replace_file
@@ -37,40 +39,40 @@ MAX_TOKENS = {
     "cpu": 2048,
     "cuda": 65536,
 }  # of a measurement: a pass of 2,048 tokens through a 47M layer is 0.2 s on a CPU
-Works = Mapping[str, BankWork]  # by the path of a bank in the model
+Works = Mapping[str, Work]  # by the path of a module
 
 
 @dataclass(frozen=True)
 class Backends:
-    """of_bank: by path, each bank but tables. measured: by path, the work that was (`str` of a BankWork).
+    """of_module: by path. measured: by path, the work that was (`str` of a Work).
 
     seconds: of a forward and backward pass, by work and candidate. tiles: kernels/tuning.py's. kept: what kernels.json is to hold, on
     rank 0.
     """
 
-    of_bank: dict[str, str]
+    of_module: dict[str, str]
     measured: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     tiles: dict[str, int] = field(default_factory=dict)
     kept: "Kept | None" = None
 
     def apply(self, model: Transformer) -> None:
-        """Tells the banks of the model, narrowed or not, and the kernels."""
-        for path, backend in self.of_bank.items():
-            bank = model.get_submodule(path)
-            assert isinstance(bank, ExpertBank)
-            bank.backend = backend
+        """Tells the modules of the model, narrowed or not, and the kernels."""
+        for path, backend in self.of_module.items():
+            module: Any = model.get_submodule(path)
+            assert isinstance(module.backend, str)
+            module.backend = backend
         if self.measured:
             tuning.decide(self.tiles)
 
     def notes(self) -> list[str]:
-        """Sentences for the log: what was measured, equal banks once."""
+        """Sentences for the log: what was measured, equal modules once."""
         found = []
         for work, path in by_layers(self.measured):
             seconds = self.seconds[work]
             times = ", ".join(f"{backend} {1e3 * value:.2f}" for backend, value in seconds.items())
             why = f"ms forward and backward: {times}" if len(seconds) > 1 else "the only candidate"
-            found.append(f"{path}: experts by {_fastest(seconds)}; {why}")
+            found.append(f"{path}: computed by {_fastest(seconds)}; {why}")
         return found
 
     def write(self, folder: RunFolder) -> None:
@@ -93,10 +95,29 @@ class Kept:
     tiles: dict[str, int]
 
 
-def bank_works(config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int) -> Works:
-    """What each bank does in a training micro-step on one of the processes. exchanges: by path, empty without expert parallelism."""
-    rows = config.data.global_batch_size // config.optim.accumulation_steps // processes
-    tokens = min(rows * config.data.sequence_length, MAX_TOKENS["cuda" if config.run.device == "cuda" else "cpu"])
+def sizes_of(config: Config, *, processes: int) -> Sizes:
+    """What one of the processes works on in a training micro-step, or as much of it as is worth measuring."""
+    rows, most = _micro_rows(config) // processes, _most_tokens(config)
+    length = min(config.data.sequence_length, most)
+    return Sizes(min(rows, most // length), length, getattr(torch, config.run.dtype))
+
+
+def _micro_rows(config: Config) -> int:
+    return config.data.global_batch_size // config.optim.accumulation_steps
+
+
+def _most_tokens(config: Config) -> int:
+    return MAX_TOKENS["cuda" if config.run.device == "cuda" else "cpu"]
+
+
+def bank_works(
+    config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int
+) -> dict[str, BankWork]:
+    """What each bank but tables does in a training micro-step on one of the processes.
+
+    exchanges: by path, empty without expert parallelism.
+    """
+    tokens = min(_micro_rows(config) // processes * config.data.sequence_length, _most_tokens(config))
     mlp = config.model.sigma_moe
     works = {}
     for bank in config.model.banks():
@@ -115,26 +136,66 @@ def bank_works(config: Config, layout: Layout, exchanges: "Mapping[str, BankExch
     return works
 
 
-def unmeasured_backend(asked: str, work: BankWork, device: torch.device) -> str:
-    """What `model.expert_backend` means for a bank without a measurement.
+def table_works(
+    config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int
+) -> dict[str, PartWork]:
+    """The same of tables, whose rows and columns are where their exchange says."""
+    works = {}
+    for bank in config.model.banks():
+        if not bank.shape.is_table:
+            continue
+        travels = layout.ep_size > 1 and exchanges[bank.path].mode == "tokens"
+        columns = exchanges[bank.path].columns if travels else 1
+        ranges = layout.ep_size // columns if travels else 1
+        sizes, num_rows = sizes_of(config, processes=processes), math.ceil(bank.shape.num_groups / ranges)
+        works[bank.path] = table_work(bank.shape, sizes, num_rows=num_rows, columns=columns)
+    return works
+
+
+def named_backend(config: Config, path: str, work: Work, device: torch.device) -> str | None:
+    """What the config names for this work, model.expert_backend for a bank, model.kernel_backend for the rest; None: to be measured.
 
     Raises:
-        ValueError: the backend cannot serve this device, this dtype or these widths.
+        ValueError: the backend cannot serve this device, this dtype or these sizes.
     """
+    if isinstance(work, BankWork):
+        asked = config.model.expert_backend
+        return None if asked == "auto" else _bank_backend(asked, work, device)
+    asked, serving = config.model.kernel_backend, work.candidates(device.type)
+    if asked == "auto":
+        return serving[0] if len(serving) == 1 else None
+    if asked not in serving:
+        raise ValueError(
+            f"model.kernel_backend must be one that can serve {path} ({work}) on this device, {' or '.join(serving)}, but it is {asked}: "
+            "set it to auto"
+        )
+    return asked
+
+
+def unmeasured_backend(config: Config, path: str, work: Work, device: torch.device) -> str:
+    """The same where nothing is measured: auto is torch, or for a bank of widths that torch refuses the loop."""
+    auto = _bank_backend("auto", work, device) if isinstance(work, BankWork) else "torch"
+    return named_backend(config, path, work, device) or auto
+
+
+def _bank_backend(asked: str, work: BankWork, device: torch.device) -> str:
     name = choose_backend("triton" if asked == DENSE else asked, device=device, dtype=work.dtype, widths=work.widths)
     return DENSE if asked == DENSE and DENSE in work.candidates(device.type) else name
 
 
 def choose_backends(config: Config, works: Works, world: World) -> Backends:
-    """What every rank computes each bank with.
+    """What every rank computes each module with.
 
     Raises:
-        ValueError: the config names a backend that cannot serve this device, this dtype or these widths.
+        ValueError: the config names a backend that cannot serve this device, this dtype or these sizes.
         RuntimeError: kernels.json cannot be read.
     """
-    asked, device = config.model.expert_backend, world.device
-    if asked != "auto":
-        return Backends({path: unmeasured_backend(asked, work, device) for path, work in works.items()})
+    device = world.device
+    asked = {path: named_backend(config, path, work, device) for path, work in works.items()}
+    named = {path: backend for path, backend in asked.items() if backend is not None}
+    works = {path: work for path, work in works.items() if path not in named}
+    if not works:
+        return Backends(named)
     kept = on_rank_zero(world, lambda: _read(RunFolder(Path(config.run.dir))))
     seconds: dict[str, dict[str, float]] = {}
     # The works are the same on every rank. One after the other, so that the ranks that wait do not wait for all of them at once.
@@ -144,15 +205,16 @@ def choose_backends(config: Config, works: Works, world: World) -> Backends:
             seconds[name] = found
     seconds, tiles = world.all_gather_object([seconds, tuning.decisions()])[0]
     measured = {path: str(work) for path, work in works.items()}
-    of_bank = {path: _fastest(seconds[name]) for path, name in measured.items()}
-    return Backends(of_bank, measured, seconds, tiles, kept)
+    of_module = named | {path: _fastest(seconds[name]) for path, name in measured.items()}
+    return Backends(of_module, measured, seconds, tiles, kept)
 
 
 def excluded(config: Config, works: Works, device: torch.device) -> list[str]:
     """Sentences for the log: what auto could not choose, and why."""
     if config.model.expert_backend != "auto":
         return []
-    reasons = (why_not_torch(work.dtype, device_type=device.type, widths=work.widths) for work in works.values())
+    banks = [work for work in works.values() if isinstance(work, BankWork)]
+    reasons = (why_not_torch(work.dtype, device_type=device.type, widths=work.widths) for work in banks)
     return [f"model.expert_backend auto: {reason}" for reason in dict.fromkeys(reasons) if reason]
 
 
@@ -179,7 +241,7 @@ def _fastest(seconds: Mapping[str, float]) -> str:
     return min(seconds, key=seconds.__getitem__)
 
 
-def _measure(work: BankWork, device: torch.device, kept: Kept | None) -> dict[str, float]:
+def _measure(work: Work, device: torch.device, kept: Kept | None) -> dict[str, float]:
     """On rank 0: what was kept where it is of the same candidates, else measured, and then kept."""
     assert kept is not None
     candidates, name = work.candidates(device.type), _described(work, device)
@@ -190,7 +252,7 @@ def _measure(work: BankWork, device: torch.device, kept: Kept | None) -> dict[st
     return kept.seconds[name]
 
 
-def _described(work: BankWork, device: torch.device) -> str:
+def _described(work: Work, device: torch.device) -> str:
     """Everything that a measurement depends on, as text."""
     where = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":

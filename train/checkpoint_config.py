@@ -19,7 +19,7 @@ class CheckpointConfig(Section):
     )
     on_failure: Literal["continue", "stop"] = Field(
         default="continue",
-        description="after a save that failed; three in a row, or the last one, stop the run all the same",
+        description="after a save that failed; three in a row, or that of the last step, stop the run all the same",
     )
     timeout_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Field(
         default=1800.0, description="seconds that the write of a checkpoint may take; after them the disk is given up"

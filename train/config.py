@@ -216,6 +216,12 @@ def check_world(config: Config, info: ProcessInfo) -> Layout:
     """Everything that depends on the number of processes. ValueError where it does not fit the config."""
     check_layout(config.data, accumulation_steps=config.optim.accumulation_steps, num_ranks=info.world_size)
     processes, local = info.world_size, info.local_world_size
+    if config.parallel.node_size == "auto" and len(set(info.tasks_of_nodes)) > 1:
+        raise ValueError(
+            f"parallel.node_size must be a number where nodes differ in theirs of processes, but it is auto and they have "
+            f"{', '.join(map(str, info.tasks_of_nodes))}: start as many on each (--ntasks-per-node), or set parallel.node_size to a number "
+            "that divides them all"
+        )
     node_size = resolve_node_size(config.parallel.node_size, processes=processes, processes_per_node=local)
     ep_size = resolve_ep_size(
         config.parallel.ep_size,
@@ -250,6 +256,7 @@ _MAY_CHANGE = (
     "data.allow_pipe",
     "model.recompute",  # another layout may need the memory; dropout masks do not depend on the order of computing
     "model.expert_backend",  # another machine may lack the kernel
+    "model.kernel_backend",
     "model.sigma_moe.keep_hidden",  # memory for time
     "checkpoint.",
     "eval.every_steps",

@@ -193,7 +193,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {path} cannot be read ({error.strerror})", file=sys.stderr)
         return 1
     except ValueError:
-        print(f"error: {path} must be a whole JSON file, but is torn: see what the ranks have printed", file=sys.stderr)
+        told = None
+    if not isinstance(told, dict):
+        print(
+            f"error: {path} must be a whole JSON object, but is torn: see what the ranks have printed", file=sys.stderr
+        )
         return 1
     for line in told["traceback"] or []:
         print(line)

@@ -4,6 +4,7 @@ Owns the looking; what must hold is train/node_verdict.py's. Nothing here waits 
 check that hangs (a dead mount, a lost GPU) becomes a problem of its own. Called by launcher/preflight.py on every node.
 """
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from data.config import DataConfig
 from data.split import look_at
@@ -52,9 +53,13 @@ class NodeFacts:
         return asdict(self)
 
 
-def from_json(values: dict[str, Any]) -> NodeFacts:
-    """The facts that `to_json` wrote on another node. ValueError where they are none."""
-    return TypeAdapter(NodeFacts).validate_python(values)
+def from_json(told: Mapping[int, Any]) -> tuple[dict[int, NodeFacts], list[int]]:
+    """By rank the facts that `to_json` wrote on the nodes, and the ranks whose words are no facts: their program is another."""
+    facts: dict[int, NodeFacts] = {}
+    for rank, values in sorted(told.items()):
+        with contextlib.suppress(ValidationError):
+            facts[rank] = TypeAdapter(NodeFacts).validate_python(values)
+    return facts, sorted(told.keys() - facts.keys())
 
 
 def find_facts(
@@ -62,19 +67,17 @@ def find_facts(
 ) -> NodeFacts:
     """Looks at this machine.
 
-    mark: file in the shared folder that says this node was there. visible: the GPUs that count (None: all). limit_s: seconds after which
-    a check is taken for hanging; they run side by side.
+    mark: file in the shared folder that says this node was there. visible: the GPUs that count (None: all; empty: nvidia-smi is not
+    asked). limit_s: seconds after which a check is taken for hanging; they run side by side.
     """
-    found, problems = run_each(
-        {
-            "commit": _versions,
-            "GPUs": lambda: {"gpus": read_gpus(visible)},
-            "host memory": lambda: {"host_gb": round(psutil.virtual_memory().available / 1e9, 2)},
-            "folder": lambda: measure_clock(mark),
-            "shards": lambda: {"shards": _shards(config.data)},
-        },
-        limit_s=limit_s,
-    )
+    checks: dict[str, Callable[[], dict[str, Any]]] = {
+        "commit": _versions,
+        "GPUs": lambda: {"gpus": read_gpus(visible)},
+        "host memory": lambda: {"host_gb": round(psutil.virtual_memory().available / 1e9, 2)},
+        "folder": lambda: measure_clock(mark),
+        "shards": lambda: {"shards": _shards(config.data)},
+    }
+    found, problems = run_each(checks, limit_s=limit_s)
     return NodeFacts(rank=info.rank, node=info.node, promised=info.gpus, **found, problems=problems)
 
 
@@ -101,8 +104,9 @@ def run_each(
         thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
             problems[name] = f"it must end within {limit_s:g} s, but it hangs: look for a dead mount or device"
-    ended = [found[name] for name, thread in threads.items() if name in found and not thread.is_alive()]
-    return {key: value for part in ended for key, value in part.items()}, dict(problems)
+    # One that ended after it was called hanging does not count.
+    in_time = [found[name] for name in threads if name in found and name not in problems]
+    return {key: value for part in in_time for key, value in part.items()}, dict(problems)
 
 
 def measure_clock(mark: Path, *, clock: Callable[[], float] = time.time) -> dict[str, float]:

@@ -39,11 +39,12 @@ class Gpu:
 
 def read_gpus(visible: Sequence[str] | None = None) -> tuple[Gpu, ...]:
     """GPUs of this machine; none where there is no nvidia-smi. visible: indices or UUIDs of those that count (None: all).
+    Where none counts it is not asked: what fails there is nothing to the run.
 
     Raises:
         RuntimeError: nvidia-smi fails or hangs.
     """
-    if shutil.which("nvidia-smi") is None:
+    if (visible is not None and not visible) or shutil.which("nvidia-smi") is None:
         return ()
     gpus = parse_gpus(
         _ask(f"--query-gpu={GPU_FIELDS}", FORMAT), _ask(f"--query-compute-apps={PROCESS_FIELDS}", FORMAT), _ask("-L")

@@ -6,7 +6,7 @@ rank has. How the facts are found is train/node_facts.py's. Called by launcher/p
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,21 +54,22 @@ def judge(
     names: Sequence[str],
     limits: Limits,
     place: str,
+    strangers: Sequence[int] = (),
 ) -> list[Problem]:
     """Everything but the network. names: of all nodes by rank, of which `facts` has those that told theirs.
 
-    seen: the ranks whose files in the shared folder `place` a node sees.
+    seen: the ranks whose files in the shared folder `place` a node sees. strangers: ranks that told what is no facts.
     """
     problems = [
         Problem(
             rank,
-            "folder",
-            f"each node must tell its facts, but {names[rank]} has written nothing within {limits.patience_s:g} s: it cannot see the "
-            f"folder {place} that the others see, or starts no program; leave it out, or mount the folder there",
+            "commit",
+            f"it must be the same on all nodes, but {names[rank]} tells its facts as another version of this program does: check out the "
+            "same commit, with the same changes, on all nodes",
         )
-        for rank in range(len(names))
-        if rank not in facts
+        for rank in strangers
     ]
+    problems += _silent_ones(facts.keys() | set(strangers), names, place, limits.patience_s)
     for rank, node in facts.items():
         for check, sentence in node.problems.items():
             problems.append(Problem(rank, check, f"it must not fail, but on {names[rank]} {sentence}"))
@@ -92,6 +93,26 @@ def judge(
     problems += _clock_problems(facts, names)
     problems += _folder_problems(facts, seen, names, place)
     return problems
+
+
+def _silent_ones(told: Set[int], names: Sequence[str], place: str, patience_s: float) -> Iterator[Problem]:
+    """The nodes that told nothing, if most did: of two halves that do not hear each other, nobody knows which has the right folder."""
+    halves = 2 * len(told) <= len(names)
+    who, remedy = "the others see", "leave it out, or mount the folder there"
+    if halves:
+        who, remedy = (
+            f"{len(told)} of {len(names)} see",
+            "mount the shared folder on all nodes: which half has another cannot be told",
+        )
+    for rank in range(len(names)):
+        if rank not in told:
+            yield Problem(
+                rank,
+                "folder",
+                f"each node must tell its facts, but {names[rank]} has written nothing within {patience_s:g} s: it cannot see the folder "
+                f"{place} that {who}, or starts no program; {remedy}",
+                everywhere=halves,
+            )
 
 
 def conclude(problems: Sequence[Problem], *, size: int) -> Verdict:
@@ -229,11 +250,13 @@ def _folder_problems(
     }
     if not mutual:
         return
-    together = max(mutual.values(), key=len)  # the first of equals
+    together = max(mutual.values(), key=len)
+    halves = 2 * len(together) <= len(wrote) and len(wrote) > 1  # nobody knows which has the right folder
     for rank in sorted(wrote - together):
         yield Problem(
             rank,
             "folder",
             f"{place} must be the same folder on all nodes, but {names[rank]} and the others see each other's files in "
             f"{len(mutual[rank]) - 1} of {len(wrote) - 1} cases: mount the shared folder there",
+            everywhere=halves,
         )

@@ -64,7 +64,7 @@ def run(config: Config, info: ProcessInfo, preemption: Preemption | None = None)
     ):
         check_same_data(world, data)  # before the network: its vocabulary is the shards'
         model = build_model(config, vocab_size=data.train.vocab_size)
-        backends, kernel_notes = choose_kernels(config, layout, world)
+        backends, kernel_notes = choose_kernels(config, layout, world, model)
         backends.apply(model)
         engine = build_engine(model)
         at_last.enter_context(hold_together(world, folder.path))  # to the end: crash.json is written under the lock
@@ -152,12 +152,13 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
         if saves:
             save(job, done)
             done = done.saved()
-    job.saver.finish()
+    is_saved = job.saver.finish(goes_on=done.step < last)
     writer.close()
     if done.step < last:
-        job.reporter.say(
-            f"asked to end: the checkpoint of step {done.step} of {last} is written; the same command goes on from it"
-        )
+        what = "is written; the same command goes on from it"
+        if not is_saved:
+            what = "is missing, see above; the same command goes on from the one before it"
+        job.reporter.say(f"asked to end: the checkpoint of step {done.step} of {last} {what}")
         return "preempted"
     job.reporter.say(f"done: step {last}; checkpoints, metrics and config are in {job.folder.path}")
     return "done"

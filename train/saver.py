@@ -184,15 +184,18 @@ class Saver:
         if failure is not None:
             self._failed(write.step, failure)
 
-    def finish(self) -> None:
-        """At the end of the run: waits for the write, if one is on.
+    def finish(self, *, goes_on: bool = False) -> bool:
+        """At the end of the run: waits for the write, if one is on. goes_on: another start will, so that a save that failed costs what any
+        other does. Whether the last save is whole.
 
         Raises:
-            RuntimeError: on all ranks: the last save failed, whatever the config says: nothing comes after it that could repair it.
+            RuntimeError: see `save`; and without `goes_on` if the last save failed, whatever the config says: nothing comes after it that
+                could repair it.
         """
         self.settle()
-        if self._failures:
+        if self._failures and not goes_on:
             raise RuntimeError(self._failure)
+        return not self._failures
 
     def take_record(self) -> dict[str, Any]:
         """For metrics, about the saves since the last call; empty if there was none.

@@ -132,7 +132,7 @@ def choose(of: Subject, machine: Machine) -> dict[str, str]:
     """The backend of each bank as a run would choose it, by a measurement."""
     chosen = choose_backends(of.config, of.banks, LocalMesh(machine.device))
     print(*chosen.notes(), sep="\n", file=sys.stderr, flush=True)
-    return chosen.of_bank
+    return chosen.of_module
 
 
 def step_of(of: Subject, backends: Mapping[str, str], machine: Machine) -> Step:

@@ -2,7 +2,7 @@
 
 Owns the list of what is compiled. Each job is the check that its benchmark makes before it prints, at the sizes that it times: all tiles
 of all kernels are launched, and a wrong kernel shows here first. What a process here measures is thrown away.
-Called by: benchmarks/gpu_suite.sh, `python -m benchmarks.gpu.warm kernels|model`, from the root of the clone.
+Called by: benchmarks/gpu_suite.sh, `python -m benchmarks.gpu.warm kernels|relatives|model`, from the root of the clone.
 """
 
 import argparse
@@ -19,7 +19,10 @@ import torch
 
 from benchmarks.gpu.timing import ROOT, Machine, find_machine
 
-OPS = ("expert_mlp", "grouped_matmul", "switchhead_project")
+OPS = {
+    "kernels": ("expert_mlp", "grouped_matmul", "switchhead_project"),
+    "relatives": ("peer_experts", "embedding_bag", "product_key_topk", "top_k_attention", "shift_mix"),
+}
 PROCESSES = 8  # the checks in float64 of all layers at once would need more than 80 GB
 TRAINED = "switchall_47m"
 
@@ -35,9 +38,9 @@ class Job:
 
 def jobs(part: str, *, smoke: bool) -> list[Job]:
     """Of a part of the suite; the last layers of a bench are its largest, so they come first."""
-    if part == "kernels":
+    if part in OPS:
         found = []
-        for op in OPS[:1] if smoke else OPS:
+        for op in OPS[part][:1] if smoke else OPS[part]:
             try:
                 bench = importlib.import_module(f"benchmarks.kernels.bench_{op}").BENCH
             except Exception:  # a bench that cannot be imported fails as a job, and the others go on
@@ -91,7 +94,7 @@ def _work(job: Job, machine: Machine) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile what the GPU benchmarks launch.")
-    parser.add_argument("part", choices=("kernels", "model"))
+    parser.add_argument("part", choices=(*OPS, "model"))
     parser.add_argument("--smoke", action="store_true", help="the tiny forms, on a CPU")
     args = parser.parse_args()
     found, failed, began = jobs(args.part, smoke=args.smoke), 0, time.perf_counter()

@@ -51,14 +51,14 @@ class Report:
     may_spill: set[tuple[str, str]]
 
 
-def compile_all() -> Report:
-    """Compile every form of every op for every target, in as many processes as there are cores."""
+def compile_all(targets: tuple[str, ...] = TARGETS) -> Report:
+    """Compile every form of every op for each target, in as many processes as there are cores."""
     ops = sorted(path.parent.name for path in ROOT.glob("kernels/*/forms.py"))
     cells: dict[Place, Cell] = {}
     may_spill: set[tuple[str, str]] = set()
     # spawn: a fork of a process with threads (pytest's, torch's) may hang.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as processes:
-        for part in processes.map(compile_op, *zip(*((op, target) for op in ops for target in TARGETS), strict=True)):
+        for part in processes.map(compile_op, *zip(*((op, target) for op in ops for target in targets), strict=True)):
             cells |= part.cells
             may_spill |= part.may_spill
     return Report(cells, may_spill)

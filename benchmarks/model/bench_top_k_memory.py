@@ -2,7 +2,9 @@
 
 Owns: the processes, the measure and the bar (memory(2 S) / memory(S) <= 2.1 for attention in chunks, with and without top-k). Dense
 softmax, which keeps its S x S matrices, and torch's fused attention stand beside them for comparison and have no bar.
-Called by: anyone, from the root of the clone: `python -m benchmarks.model.bench_top_k_memory`; it exits with 1 if the bar is missed. Linux.
+With --gib it also looks for the longest S at which dense softmax stays within so much memory, and then shows that top-k attention at 8
+times that length does (the second bar): minutes for --gib 0.5, an hour for --gib 8.
+Called by: anyone, from the root of the clone: `python -m benchmarks.model.bench_top_k_memory`; it exits with 1 if a bar is missed. Linux.
 """
 
 import argparse
@@ -23,6 +25,8 @@ from model.mask import KeyMask
 from model.top_k_attention import top_k_attend
 
 BAR = 2.1  # of memory(2 S) / memory(S)
+TIMES_LONGER = 8  # than the longest row of dense softmax in the same memory
+STEP = 64  # positions, in which a longest row is looked for
 CASES = ("top_k", "chunks", "fused", "dense")
 CASES_WITH_BAR = ("top_k", "chunks")
 WARM_UP_LENGTH = 64  # loads the libraries and starts the threads before the baseline is read
@@ -89,12 +93,52 @@ def measure(case: str, length: int, sizes: Sizes) -> Measured:
     return Measured(**json.loads(done.stdout))
 
 
+def longest_dense(sizes: Sizes, *, length: int, limit: float) -> tuple[int, Measured]:
+    """The longest row, a multiple of STEP, that dense softmax does within `limit` MiB, and what it took; from a guess at `length`.
+
+    Its memory is quadratic, so each measurement tells where to look next; one step more is measured to be too long.
+    """
+    measured: dict[int, Measured] = {}
+
+    def fits(length: int) -> bool:
+        if length not in measured:
+            measured[length] = measure("dense", length, sizes)
+        return measured[length].mebibytes <= limit
+
+    for _ in range(3):
+        fits(length)
+        length = int(length * (limit / measured[length].mebibytes) ** 0.5) // STEP * STEP
+    while fits(length + STEP):
+        length += STEP
+    while not fits(length):
+        length -= STEP
+    return length, measured[length]
+
+
+def compare_lengths(sizes: Sizes, *, length: int, gib: float) -> bool:
+    """Prints both and says whether top-k attention stays within `gib` GiB at TIMES_LONGER times the longest dense row."""
+    dense_length, dense = longest_dense(sizes, length=length, limit=1024 * gib)
+    longer = measure("top_k", TIMES_LONGER * dense_length, sizes)
+    print(f"\nwithin {gib:g} GiB\n\n| case | S | MiB | seconds |\n|---|---|---|---|")
+    print(f"| dense, its longest | {dense_length} | {dense.mebibytes:.0f} | {dense.seconds:.1f} |")
+    print(
+        f"| top_k, {TIMES_LONGER} times as long | {TIMES_LONGER * dense_length} | {longer.mebibytes:.0f} | {longer.seconds:.1f} |"
+    )
+    if met := longer.mebibytes <= 1024 * gib:
+        times = TIMES_LONGER * 1024 * gib / longer.mebibytes
+        print(
+            f"\nby its memory, which is linear in S, top-k attention could do {times:.0f} times the longest dense row"
+        )
+    return met
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=2048, help="S; 2 S is measured too")
     for name, default in asdict(Sizes(rows=1, heads=4, width=64, chunk=256, top_k=64)).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--gib", type=float, help="also compare the longest rows within so much memory")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     given = vars(parser.parse_args())
     if given["job"]:
@@ -115,6 +159,12 @@ def main() -> int:
             missed.append(case)
     if missed:
         print(f"\nmemory(2 S) / memory(S) must be at most {BAR}, but is not for: {', '.join(missed)}", file=sys.stderr)
+    if given["gib"] and not compare_lengths(sizes, length=2 * length, gib=given["gib"]):
+        missed.append("top_k")
+        print(
+            f"\ntop-k attention must do {TIMES_LONGER} times the longest dense row, but needs more memory",
+            file=sys.stderr,
+        )
     return 1 if missed else 0
 
 

@@ -44,9 +44,7 @@ def engine_of(name: str) -> tuple[Config, PlainEngine]:
     config = load_config(ROOT / "configs" / f"{name}.yaml", [f"model.vocab_size={VOCABULARY}", "run.dtype=float32"])
     model = build_model(config, vocab_size=VOCABULARY)
     works = bank_works(config, Layout(ep_size=1, node_size=1), {}, processes=1)
-    Backends({bank: unmeasured_backend(config.model.expert_backend, work, CPU) for bank, work in works.items()}).apply(
-        model
-    )
+    Backends({bank: unmeasured_backend(config, bank, work, CPU) for bank, work in works.items()}).apply(model)
     materialize(model, seed=1, device=CPU)
     groups = parameter_groups(model, weight_decay=config.optim.weight_decay)
     settings = {"clip_grad_norm": config.optim.clip_grad_norm, "accumulation_steps": 1, "dtype": torch.float32}

@@ -62,6 +62,13 @@ class LinearMix(DeclaringModule):
         self.of_token = of_token
         self.of_shifted = of_shifted
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """a and b, of as many slices each, where tokens are only scaled: such a mix needs no v in memory (kernels/shift_mix)."""
+        if isinstance(self.of_token, Scale) and isinstance(self.of_shifted, Scale):
+            return self.of_token.weight, self.of_shifted.weight
+        return None
+
     def forward(self, u_BSD: Tensor, v_BSD: Tensor) -> Tensor:
         return self.of_token(u_BSD) + self.of_shifted(v_BSD)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.shift_mix import shift_mix_step
 from model.hsm.config import Boundary
 
 
@@ -40,7 +41,23 @@ class Ring:
 
     def append(self, u_BSD: Tensor) -> None:
         """Takes up the next S tokens of each row. ValueError where the number of rows is another than before."""
-        batch, num_new, width = u_BSD.shape
+        rows_BRD = self._rows_for(u_BSD)
+        kept_BRD = u_BSD.detach()[:, -self.size :]
+        self.length += u_BSD.shape[1]
+        place = (self.length - kept_BRD.shape[1]) % self.size
+        before_end = min(kept_BRD.shape[1], self.size - place)
+        rows_BRD[:, place : place + before_end] = kept_BRD[:, :before_end]
+        rows_BRD[:, : kept_BRD.shape[1] - before_end] = kept_BRD[:, before_end:]
+
+    def mix(self, u_BD: Tensor, a_X: Tensor, b_X: Tensor, *, boundary: Boundary, backend: str) -> Tensor:
+        """(B, D): a times the next token of each row plus b times the one `size` positions before; takes the token up, as `append`."""
+        rows_BRD = self._rows_for(u_BD[:, None])
+        y_BD = shift_mix_step(u_BD, rows_BRD, a_X, b_X, position=self.length, boundary=boundary, backend=backend)
+        self.length += 1
+        return y_BD
+
+    def _rows_for(self, u_BSD: Tensor) -> Tensor:
+        batch, _, width = u_BSD.shape
         if self.rows is None:
             self.rows = u_BSD.new_zeros(batch, self.size, width)
         if self.rows.shape[0] != batch:
@@ -48,12 +65,7 @@ class Ring:
                 f"a cache must go on with the rows it began with, but it holds {self.rows.shape[0]} rows and is given {batch}: "
                 "use a new cache"
             )
-        kept_BRD = u_BSD.detach()[:, -self.size :]
-        self.length += num_new
-        place = (self.length - kept_BRD.shape[1]) % self.size
-        before_end = min(kept_BRD.shape[1], self.size - place)
-        self.rows[:, place : place + before_end] = kept_BRD[:, :before_end]
-        self.rows[:, : kept_BRD.shape[1] - before_end] = kept_BRD[:, before_end:]
+        return self.rows
 
 
 def shift(

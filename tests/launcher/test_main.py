@@ -39,15 +39,9 @@ def start(*arguments: str, folder: Path, **environ: str) -> subprocess.Completed
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config, ProcessInfo], None]], None]:
     """Replaces the run itself, and undoes what main() does to the process."""
-    for name in (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "SLURM_STEP_ID",
-        "SLURM_STEPID",
-        "OMPI_COMM_WORLD_RANK",
-        "PMI_RANK",
-    ):
+    for name in [name for name in os.environ if name.startswith(("SLURM_STEP", "OMPI_", "PMI_", "MPI_LOCAL"))]:
+        monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(sys, "path", sys.path.copy())

@@ -13,6 +13,7 @@ from model.expert_choice import BankWork
 from model.experts import gated_mlp
 from model.feedforward_config import SigmaMoEConfig
 from model.section import Place
+from model.work import PASSES, WARM_UP
 
 CPU = torch.device("cpu")
 PLACE = Place(24, 2, 0, ("switchhead",) * 2, "reference", 0.0)
@@ -92,7 +93,7 @@ def test_tiles_are_measured_in_the_warm_up_alone(monkeypatch):
     seen = []
     monkeypatch.setattr(BankWork, "work", lambda self, backend, *, device: lambda: seen.append(tuning._measuring))
     work_of("mlp").seconds("loop", device=CPU)
-    assert seen == [True] * expert_choice.WARM_UP + [False] * expert_choice.PASSES
+    assert seen == [True] * WARM_UP + [False] * PASSES
 
 
 @pytest.mark.parametrize("keep_hidden", [True, False])

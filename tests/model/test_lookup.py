@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import lookup
-from model.dispatch import LocalDispatcher, LocalPlan
+from kernels.tables import sums
+from model.dispatch import Copies, LocalDispatcher, LocalPlan
 from model.lookup import neurons, table_reports, table_routing, table_rows, weighted_rows
 from model.parameters import ExpertBank, Table, logical_parameters, materialize, normal, zeros
 from model.product_keys import PairChoice
+from model.router import RouterReport
 from tests.model import build
 from train.optimizer import parameter_groups
 
@@ -126,7 +127,7 @@ def both_ways(*, tokens: int, one_expert: bool, kind: str) -> tuple[list[Tensor]
     if kind == "pkm":
         found, expected = weighted_rows(down, plan), (gates[..., None] * down[rows]).sum((1, 2))
     else:
-        found = neurons(x, up, down, plan, activation=F.gelu)
+        found = neurons(x, up, down, plan, activation="gelu")
         hidden = (x[:, None, None] * up[rows]).sum(-1)
         expected = ((gates * F.gelu(hidden))[..., None] * down[rows]).sum((1, 2))
     leaves = leaves if kind == "peer" else [down, gates]
@@ -143,7 +144,7 @@ def both_ways(*, tokens: int, one_expert: bool, kind: str) -> tuple[list[Tensor]
 def test_the_owners_sums_in_chunks_equal_plain_autograd(
     chunk: int, tokens: int, one_expert: bool, kind: str, monkeypatch
 ):
-    monkeypatch.setattr(lookup, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(sums, "CHUNK_ELEMENTS", chunk)
     found, expected, _ = both_ways(tokens=tokens, one_expert=one_expert, kind=kind)
     for left, right in zip(found, expected, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=1e-13)
@@ -152,20 +153,24 @@ def test_the_owners_sums_in_chunks_equal_plain_autograd(
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_what_a_copy_gets_does_not_depend_on_where_the_table_is_cut(ranks: int):
     first, second, gates = picks(tokens=50)
-    rows, copy = table_rows(first, second, num_keys=J).flatten().sort(stable=True)
-    x, up, down = (build.normal(n, D, seed=n, dtype=torch.float32) for n in (50, 16, 17))
-    gates = gates.float().flatten()[copy]
+    rows_C = table_rows(first, second, num_keys=J).flatten()
+    # rows of 32 bytes: how MKL adds up a dot product depends on how its operands are aligned
+    x, up, down = (build.normal(n, 8, seed=n, dtype=torch.float32) for n in (50, 16, 16))
+    gates_C = gates.float().flatten()
 
     def of_range(start: int, end: int) -> Tensor:
-        held = (rows >= start) & (rows < end)
-        ends = torch.searchsorted(rows[held], torch.arange(start, end), right=True).int()
-        plan = LocalPlan(copy[held] // (H * K), torch.arange(int(held.sum())), gates[held], ends, int(held.sum()))
-        return neurons(x, up[start:end], down[start:end], plan, activation=F.gelu)
+        """Each copy its own output row, so that nothing is summed: (held copies, D), where they came."""
+        (held_C,) = ((rows_C >= start) & (rows_C < end)).nonzero(as_tuple=True)
+        outputs_C = torch.arange(len(held_C))
+        plan = Copies(rows_C[held_C] - start, held_C // (H * K), outputs_C, None, end - start, len(held_C)).sort()
+        plan = plan.with_gates(gates_C[held_C])
+        found = torch.zeros(len(rows_C), 8)
+        found[held_C] = neurons(x, up[start:end], down[start:end], plan, activation="gelu")
+        return found
 
     size = J * J // ranks
-    assert torch.equal(
-        torch.cat([of_range(start, start + size) for start in range(0, J * J, size)]), of_range(0, J * J)
-    )
+    parts = [of_range(start, start + size) for start in range(0, J * J, size)]
+    assert torch.equal(torch.stack(parts).sum(0), of_range(0, J * J))
 
 
 def test_rows_that_nobody_picks_get_exactly_zero_gradients():
@@ -203,7 +208,7 @@ def test_no_temporary_of_all_copies_is_kept_for_the_backward_pass():
     plan = plan_of(first, second, leaves[3], Table(J * J, {}))
     kept: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t):
-        neurons(leaves[0], leaves[1], leaves[2], plan, activation=F.gelu)
+        neurons(leaves[0], leaves[1], leaves[2], plan, activation="gelu")
     assert kept
     assert all(len(shape) == 1 or shape[0] <= 64 for shape in kept)
 
@@ -212,10 +217,10 @@ def test_under_autocast_the_result_and_the_rows_are_bfloat16_and_gradients_of_ta
     first, second, gates = picks()
     x, up, down = (build.normal(n, D, dtype=torch.float32).requires_grad_() for n in (7, 16, 16))
     plan = plan_of(first, second, gates.float(), Table(J * J, {}))
-    exact = neurons(x, up, down, plan, activation=F.gelu)
+    exact = neurons(x, up, down, plan, activation="gelu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        narrow, values = neurons(x, up, down, plan, activation=F.gelu), weighted_rows(down, plan)
-        as_it_travels = neurons(x.bfloat16(), up, down, plan, activation=F.gelu)
+        narrow, values = neurons(x, up, down, plan, activation="gelu"), weighted_rows(down, plan)
+        as_it_travels = neurons(x.bfloat16(), up, down, plan, activation="gelu")
     assert narrow.dtype == values.dtype == torch.bfloat16
     assert torch.equal(narrow, as_it_travels)
     torch.testing.assert_close(narrow.float(), exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
@@ -223,14 +228,14 @@ def test_under_autocast_the_result_and_the_rows_are_bfloat16_and_gradients_of_ta
         assert gradient.dtype == torch.float32
 
 
-def usage(report: lookup.RouterReport) -> tuple[float, float]:
+def usage(report: RouterReport) -> tuple[float, float]:
     """Share of the sub-keys in use, and the unevenness in nats that both halves show: see table_reports."""
     share_ZJ = report.probability_G.view(2, -1) / report.num_rows
     entropy = -(share_ZJ * share_ZJ.clamp_min(1e-300).log()).sum()
     return (report.count_G > 0).double().mean().item(), 2 * math.log(share_ZJ.shape[1]) - entropy.item()
 
 
-def reports_of(first: Tensor, second: Tensor, gates: Tensor, *, ranks: int = 1) -> dict[str, lookup.RouterReport]:
+def reports_of(first: Tensor, second: Tensor, gates: Tensor, *, ranks: int = 1) -> dict[str, RouterReport]:
     bank = Table(J * J, {})
     bank.shard(rank=0, size=ranks)
     choice = PairChoice(gates, first, second)
@@ -281,12 +286,3 @@ def test_with_all_gates_zero_the_shares_are_those_of_the_copies_and_without_rows
     for nothing in reports_of(*picks(tokens=0)).values():
         assert not nothing.count_G.any()
         assert not nothing.probability_G.any()
-
-
-def test_the_owner_works_on_as_many_copies_at_once_as_fit_its_bound(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("model.lookup.CHUNK_ELEMENTS", 11)
-    offsets_L, gates_C = torch.tensor([3, 3, 7], dtype=torch.int32), torch.ones(7)
-    plan = LocalPlan(torch.arange(7), torch.arange(7), gates_C, offsets_L, num_outputs=7)
-    pieces = list(lookup._chunks(plan, torch.zeros(3, 4)))
-    assert [piece.stop - piece.start for piece, _ in pieces] == [2, 2, 2, 1]
-    assert torch.cat([rows for _, rows in pieces]).tolist() == [0, 0, 0, 2, 2, 2, 2]

@@ -1,7 +1,7 @@
 """Top-k attention on whole matrices under plain autograd, and by loops over single scores, for the tests of its chunked form.
 
 Owns: small operands and masks, the right answer (arXiv 2106.06899), the comparison of outputs and gradients by name. No code of
-model/top_k_attention.py but the call under test. Called by test_top_k_attention.py and test_top_k_backward.py.
+kernels/top_k_attention but the call under test. Called by test_top_k_attention.py and test_top_k_backward.py.
 """
 
 import math
@@ -21,10 +21,10 @@ NAMES = ("q", "k", "v", "q_position", "r")
 
 
 class BlindQuery(KeyMask):
-    """Query 2 sees nothing."""
+    """Queries 0 and 1 see the keys up to their own, 2 sees nothing, and the keys from 3 on are seen from then on. Of two rows."""
 
-    def rows(self, first: int, last: int) -> Tensor:
-        return super().rows(first, last) & (torch.arange(first, last) != 2)[:, None]
+    def first_keys(self) -> Tensor:
+        return torch.tensor([0, 0] + [3] * (self.num_queries - 2)).expand(2, -1)
 
 
 def causal(length: int, earlier: int = 0, **facts: Any) -> KeyMask:

@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
-from parallel.bandwidth import Link, Rate, measure, open_store, ring_rounds
+from parallel.bandwidth import Link, Rate, exchange, measure, open_store, ring_rounds
 
 
 def free_port() -> int:
@@ -63,6 +64,29 @@ def test_two_processes_measure_a_sane_number():
         assert rate.all_to_all_gb is not None
         assert 1e-3 < rate.all_reduce_gb < 1e3
         assert 1e-3 < rate.all_to_all_gb < 1e3
+
+
+def test_both_verbs_show_the_rate_at_which_a_node_sends_and_no_warm_up_counts(monkeypatch: pytest.MonkeyPatch):
+    """On a clock of its own: each call takes what this rank sends at 2 GB/s; the first two are slow, the others unequal."""
+    clock, calls = [0.0], Counter()
+    slowness = [50.0, 50.0, 1.0, 0.6, 1.4, 0.8, 1.2]  # median of the last five: 1; of all seven: 1.2
+
+    def take(verb: str, num_bytes: float) -> None:
+        clock[0] += slowness[calls[verb]] * num_bytes / 2e9
+        calls[verb] += 1
+
+    def num_bytes(tensor: torch.Tensor) -> int:
+        return tensor.numel() * tensor.element_size()
+
+    # A ring of two sends half of the tensor to reduce it and half to gather it; an all-to-all keeps the half that is one's own.
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: take("reduce", num_bytes(tensor)))
+    monkeypatch.setattr("torch.distributed.all_to_all_single", lambda out, sent: take("all", num_bytes(sent) / 2))
+    for name in ("init_process_group", "destroy_process_group", "barrier"):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda *args, **kwargs: None)
+    for name in ("TCPStore", "PrefixStore"):
+        monkeypatch.setattr(f"torch._C._distributed_c10d.{name}", lambda *args: None)
+    monkeypatch.setattr("parallel.bandwidth.time.perf_counter", lambda: clock[0])
+    assert exchange(link(1)) == Rate(pytest.approx(2.0), pytest.approx(2.0))  # pyright: ignore[reportArgumentType]
 
 
 def test_a_partner_that_never_comes_is_not_waited_for_without_end():

@@ -29,6 +29,18 @@ def test_expert_groups_are_consecutive_and_expert_data_groups_strided(pool, ep_s
     assert found == [[[0, 1, 2, 3], expert[rank], expert_data[rank]] for rank in range(4)]
 
 
+def different_sizes() -> str:
+    with pytest.raises(ValueError, match="must be the same on all ranks") as caught:
+        groups(2 if dist.get_rank() == 3 else 4)
+    return str(caught.value)
+
+
+def test_ranks_that_want_different_groups_say_so_and_do_not_wait_for_each_other(pool):
+    """As on nodes with different numbers of processes, where each works out another ep_size."""
+    for said in pool(4).run(different_sizes):
+        assert said.startswith("ep_size must be the same on all ranks, but it is 2 on some and 4 on others: ")
+
+
 def exchanges() -> tuple[list[object], bool, bool, str | None]:
     with open_world(1) as mesh:
         gathered = mesh.all_gather_object({"rank": mesh.rank, "text": "é" * mesh.rank})

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
+PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"  # which a plain user may not have
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 30.0
 LOGIN = "login"  # where slurmctld runs and commands are typed
@@ -54,7 +55,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,bf_resolu
 ReturnToService=2
 KillWait=60
 SlurmctldTimeout=10
-SlurmdTimeout=15
+SlurmdTimeout={slurmd_timeout_s}
 GresTypes=gpu
 {nodes}
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -79,12 +80,12 @@ class JobState:
 class Cluster:
     """Nodes n1, n2, ... Everything it runs has a time limit."""
 
-    def __init__(self, base: Path, *, num_nodes: int) -> None:
-        self.base = base
+    def __init__(self, base: Path, *, num_nodes: int, slurmd_timeout_s: int = 15) -> None:
+        self.base, self.slurmd_timeout_s = base, slurmd_timeout_s
         self.nodes = [f"n{number + 1}" for number in range(num_nodes)]
         self.has_namespaces = os.geteuid() == 0
-        self._prefix = f"sy{os.getpid()}-"
-        self._environ = os.environ | {"SLURM_CONF": str(base / "slurm.conf")}
+        self._prefix = f"{base.name}-"
+        self._environ = os.environ | {"SLURM_CONF": str(base / "slurm.conf"), "PATH": PATH}
 
     def start(self) -> None:
         """RuntimeError if the nodes are not idle in time, with the controller's last words."""
@@ -156,17 +157,6 @@ class Cluster:
         """To the job's steps; how: --batch, --full."""
         self.on(LOGIN, "scancel", f"--signal={name}", *how, str(job))
 
-    @contextlib.contextmanager
-    def hidden(self, node: str, folder: Path) -> Iterator[None]:
-        """Inside, `folder` is empty on this node alone. Needs namespaces."""
-        slurmd = (self.base / f"slurmd-{node}.pid").read_text().strip()
-        there = ["nsenter", f"--mount=/proc/{slurmd}/ns/mnt"]
-        subprocess.run([*there, "mount", "-t", "tmpfs", "none", str(folder)], check=True, timeout=30)
-        try:
-            yield
-        finally:
-            subprocess.run([*there, "umount", str(folder)], check=True, timeout=30)
-
     def start_node(self, node: str) -> None:
         self.on(node, *(("slurmd",) if self.has_namespaces else ("slurmd", "-N", node)))
 
@@ -175,6 +165,23 @@ class Cluster:
         pids = subprocess.run(["ip", "netns", "pids", self._prefix + node], text=True, capture_output=True, timeout=30)
         for pid in pids.stdout.split():
             _kill(int(pid), signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def cut_off(self, node: str) -> Iterator[None]:
+        """Inside, nothing reaches the node and nothing comes from it, not even a refusal. Needs namespaces."""
+        there = self._ip(node, "-oneline", "addr", "show", "eth0")
+        address, mac = (
+            re.findall(r"inet (\S+)/24", there)[0],
+            self._ip(node, "link", "show", "eth0").split("ether ")[1][:17],
+        )
+        # as behind a router: who does not find its card would be told so by the own kernel after 3 s
+        for host, device in ((LOGIN, "br0"), *((other, "eth0") for other in self.nodes if other != node)):
+            self._ip(host, "neigh", "replace", address, "lladdr", mac, "nud", "permanent", "dev", device)
+        self._ip(LOGIN, "link", "set", f"v{node}", "down")
+        try:
+            yield
+        finally:
+            self._ip(LOGIN, "link", "set", f"v{node}", "up")
 
     def wait_for_nodes(self, *, limit_s: float = START_S) -> None:
         def are_idle() -> bool:
@@ -201,21 +208,23 @@ class Cluster:
         lines = [f"{NET}.{number} {host}" for number, host in enumerate(hosts, start=1)]
         (self.base / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
 
-        def ip(host: str | None, *arguments: str) -> None:
-            where = [] if host is None else ["-n", self._prefix + host]
-            subprocess.run(["ip", *where, *arguments], check=True, timeout=30)
-
         for host in hosts:
-            ip(None, "netns", "add", self._prefix + host)
-            ip(host, "link", "set", "lo", "up")
-        ip(LOGIN, "link", "add", "br0", "type", "bridge")
-        ip(LOGIN, "addr", "add", f"{NET}.1/24", "dev", "br0")
-        ip(LOGIN, "link", "set", "br0", "up")
+            subprocess.run(["ip", "netns", "add", self._prefix + host], check=True, timeout=30)
+            self._ip(host, "link", "set", "lo", "up")
+        self._ip(LOGIN, "link", "add", "br0", "type", "bridge")
+        self._ip(LOGIN, "addr", "add", f"{NET}.1/24", "dev", "br0")
+        self._ip(LOGIN, "link", "set", "br0", "up")
         for number, node in enumerate(self.nodes, start=2):
-            ip(LOGIN, "link", "add", f"v{node}", "type", "veth", "peer", "name", "eth0", "netns", self._prefix + node)
-            ip(LOGIN, "link", "set", f"v{node}", "master", "br0", "up")
-            ip(node, "addr", "add", f"{NET}.{number}/24", "dev", "eth0")
-            ip(node, "link", "set", "eth0", "up")
+            self._ip(
+                LOGIN, "link", "add", f"v{node}", "type", "veth", "peer", "name", "eth0", "netns", self._prefix + node
+            )
+            self._ip(LOGIN, "link", "set", f"v{node}", "master", "br0", "up")
+            self._ip(node, "addr", "add", f"{NET}.{number}/24", "dev", "eth0")
+            self._ip(node, "link", "set", "eth0", "up")
+
+    def _ip(self, host: str, *arguments: str) -> str:
+        command = ["ip", "-n", self._prefix + host, *arguments]
+        return subprocess.run(command, check=True, timeout=30, text=True, stdout=subprocess.PIPE).stdout
 
     def _write_configuration(self) -> None:
         # 22.05 loads a cgroup plugin where nothing is mounted, and dies of any but this one
@@ -235,16 +244,17 @@ class Cluster:
             (self.base / "dev" / f"gpu{number}").touch()
         gpus = f"NodeName={','.join(self.nodes)} Name=gpu File={self.base}/dev/gpu[0-7]\n"
         (self.base / "gres.conf").write_text(gpus)
-        text = CONF.format(base=self.base, controller=controller, port=port, user=_user(), nodes="\n".join(nodes))
+        values = {"base": self.base, "slurmd_timeout_s": self.slurmd_timeout_s, "user": _user()}
+        text = CONF.format(controller=controller, port=port, nodes="\n".join(nodes), **values)
         (self.base / "slurm.conf").write_text(text)
 
 
 @contextlib.contextmanager
-def open_cluster(*, num_nodes: int) -> Iterator[Cluster]:
-    """A cluster whose nodes are idle."""
+def open_cluster(*, num_nodes: int, slurmd_timeout_s: int = 15) -> Iterator[Cluster]:
+    """A cluster whose nodes are idle. slurmd_timeout_s: after which SLURM by itself takes a node for dead; 300 on most sites."""
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)  # munged refuses a folder above its socket that others cannot enter, as pytest's are
-        cluster = Cluster(Path(folder), num_nodes=num_nodes)
+        cluster = Cluster(Path(folder), num_nodes=num_nodes, slurmd_timeout_s=slurmd_timeout_s)
         try:
             cluster.start()
             yield cluster
@@ -254,8 +264,7 @@ def open_cluster(*, num_nodes: int) -> Iterator[Cluster]:
 
 def missing() -> list[str]:
     """The programs that are not installed."""
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+    return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
 
 
 def wait_until(condition: Callable[[], Any], *, limit_s: float) -> Any:

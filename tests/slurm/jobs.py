@@ -16,6 +16,8 @@ from tests.slurm.cluster import Cluster, JobState, wait_until
 from train.config import Config
 from train.run import run
 
+ONE_EACH = "--ntasks-per-node=1"  # half the processes to start, where it is not about ranks of one node
+ENDLESS = ("run.steps=100000",)
 START_S = 180.0  # from submission to the first step: 12 s on an idle machine, ten times that on a busy one
 
 
@@ -48,6 +50,18 @@ class Jobs:
         self.numbers.append(number)
         return number
 
+    def blind_on(self, *nodes: str) -> dict[str, str]:
+        """For `submit`: there the preflight is told of a folder of shards that is not there."""
+        python = self.folder / "python"
+        python.write_text(
+            "#!/bin/bash\n"
+            f'[[ "$*" == *preflight.py* && " {" ".join(nodes)} " == *" $SLURMD_NODENAME "* ]] && set -- "$@" --set data.shards=/gone\n'
+            'exec .venv/bin/python "$@"\n'
+        )
+        python.chmod(0o755)
+        (self.folder / "env.sh").write_text(f"PYTHON={python}\n")
+        return {"ENV_SH": str(self.folder / "env.sh"), "PREFLIGHT": "1"}
+
     def wait(self, number: int | str, *, limit_s: float = START_S) -> JobState:
         return self.cluster.wait(number, limit_s=limit_s)
 
@@ -66,6 +80,14 @@ class Jobs:
         path = self.folder / name / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
+
+    def wait_for_start(self, name: str, *, restart: int, limit_s: float = START_S) -> None:
+        """Of the training, after so many requeues."""
+        wait_until(lambda: f"restart {restart}] start on" in self.log(name), limit_s=limit_s)
+
+    def of_steps(self, steps: int) -> Config:
+        """The config with another length."""
+        return self.config.model_copy(update={"run": self.config.run.model_copy(update={"steps": steps})})
 
     def log(self, name: str) -> str:
         """Of all jobs of the name."""

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import LOGIN, Cluster, wait_until
-from tests.slurm.jobs import START_S, Jobs, train_here
+from tests.slurm.jobs import ENDLESS, ONE_EACH, START_S, Jobs, train_here
 
 pytestmark = pytest.mark.timeout(400)  # of a busy machine; together they take 3 minutes on an idle one
 
 
 def test_a_job_that_is_preempted_goes_on_and_has_the_losses_of_a_run_without_slurm(jobs: Jobs, pool):
     """Two nodes with two ranks each."""
-    job = jobs.submit("train")
+    job = jobs.submit("train", sets=("run.steps=60",))
     jobs.at_step("train", 10)
     jobs.cluster.signal(job, "TERM")
     state = jobs.wait(job, limit_s=250)
@@ -25,15 +25,15 @@ def test_a_job_that_is_preempted_goes_on_and_has_the_losses_of_a_run_without_slu
     assert (state.state, state.restarts) == ("COMPLETED", 1), log
     assert re.search(r"restart 0\] ended early at step_\d{6}; the job goes back into the queue", log)
     assert re.search(r"restart 1\] start on n\[1-2\] from step_\d{6}", log)
-    assert "restart 1] done: step 100" in log
+    assert "restart 1] done: step 60" in log
 
-    pool(4).run(train_here, jobs.config, "here", 4, 2, timeout=200)
+    pool(4).run(train_here, jobs.of_steps(60), "here", 4, 2, timeout=200)
     assert jobs.losses("train") == jobs.losses("here")
-    assert len(jobs.losses("train")) == 100
+    assert len(jobs.losses("train")) == 60
 
 
 def test_a_rank_that_is_killed_ends_the_job_with_what_the_others_saw(jobs: Jobs):
-    job = jobs.submit("killed", sets=("run.steps=100000",))
+    job = jobs.submit("killed", ONE_EACH, sets=ENDLESS)
     jobs.at_step("killed", 5)
     began = time.monotonic()
     os.kill(a_rank_of(jobs.folder / "killed"), signal.SIGKILL)
@@ -42,39 +42,34 @@ def test_a_rank_that_is_killed_ends_the_job_with_what_the_others_saw(jobs: Jobs)
     log = jobs.log("killed")
     assert (state.state, state.restarts) == ("FAILED", 0)
     told = log[log.index("failed with") :]
-    assert re.search(r"rank [0-2] of 4 on n[12], after step \d+: .* a rank is gone: rank 3 ", told), log
+    assert re.search(r"rank 0 of 2 on \S+, after step \d+: .* a rank is gone: rank 1 ", told), log
     assert "to go on: the same command in the same folder" in told
 
 
 def a_rank_of(folder: Path) -> int:
-    """The process number of rank 3 of the run in `folder`."""
+    """The process number of rank 1 of the run in `folder`."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
             command = process.joinpath("cmdline").read_bytes().split(b"\0")
             variables = process.joinpath("environ").read_bytes().split(b"\0")
-            if f"run.dir={folder}".encode() in command and b"SLURM_PROCID=3" in variables:
+            if f"run.dir={folder}".encode() in command and b"SLURM_PROCID=1" in variables:
                 return int(process.name)
     raise AssertionError("there is no such rank")
 
 
-def test_a_job_that_is_cancelled_saves_and_does_not_come_back(jobs: Jobs):
-    job = jobs.submit("cancelled", sets=("run.steps=100000",))
-    jobs.at_step("cancelled", 5)
-    jobs.cluster.on(LOGIN, "scancel", str(job))
-    state = jobs.wait(job)
-    assert (state.state, state.restarts) == ("CANCELLED", 0)
-    assert re.search(r"ended from outside at step_\d{6}; no requeue", jobs.log("cancelled")), jobs.log("cancelled")
-
-
-def test_a_second_job_on_a_run_folder_is_refused_and_the_first_goes_on(jobs: Jobs):
-    first = jobs.submit("shared", "--nodes=1", sets=("run.steps=100000",))
+def test_a_second_job_on_a_run_folder_is_refused_and_the_first_saves_and_stays_away_when_it_is_cancelled(jobs: Jobs):
+    first = jobs.submit("shared", ONE_EACH, sets=ENDLESS)
     jobs.at_step("shared", 5)
-    second = jobs.submit("shared", "--nodes=1", sets=("run.steps=100000",))
+    second = jobs.submit("shared", ONE_EACH, sets=ENDLESS)
     assert jobs.wait(second).state == "FAILED"
     assert re.search(r"one process at a time", jobs.log("shared"))
     done = len(jobs.losses("shared"))
     jobs.at_step("shared", done + 5, job=first)
+
     jobs.cluster.on(LOGIN, "scancel", str(first))
+    state = jobs.wait(first)
+    assert (state.state, state.restarts) == ("CANCELLED", 0)
+    assert re.search(r"ended from outside at step_\d{6}; no requeue", jobs.log("shared")), jobs.log("shared")
 
 
 def test_each_element_of_an_array_trains_its_config_and_comes_back_alone(jobs: Jobs):
@@ -97,18 +92,15 @@ def test_each_element_of_an_array_trains_its_config_and_comes_back_alone(jobs: J
 
 
 def test_mpirun_starts_the_ranks_too(jobs: Jobs):
-    job = jobs.submit("mpirun", sets=("run.steps=4",), LAUNCH="mpirun")
+    job = jobs.submit("mpirun", ONE_EACH, sets=("run.steps=4",), LAUNCH="mpirun")
     assert jobs.wait(job).state == "COMPLETED", jobs.log("mpirun")
     assert len(jobs.losses("mpirun")) == 4
 
 
 def test_a_node_that_the_preflight_finds_bad_is_excluded_and_the_others_train(jobs: Jobs):
-    """n1 does not see the shards. Where there are no namespaces, no node can be made blind: then this is what needs root."""
-    if not jobs.cluster.has_namespaces:
-        pytest.skip("a folder is hidden from one node by a mount, which needs root")
-    with jobs.cluster.hidden("n1", jobs.folder / "shards"):
-        job = jobs.submit("bad", sets=("run.steps=4",), PREFLIGHT="1")
-        state = jobs.wait(job, limit_s=300)
+    """n1 does not see the shards."""
+    job = jobs.submit("bad", ONE_EACH, sets=("run.steps=4",), **jobs.blind_on("n1"))
+    state = jobs.wait(job, limit_s=300)
     log = jobs.log("bad")
     assert (state.state, state.restarts, state.nodes) == ("COMPLETED", 1, "n[2-3]"), log
     assert "bad nodes: n1; they are excluded and the job goes back into the queue" in log

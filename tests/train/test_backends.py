@@ -67,11 +67,11 @@ def test_each_kind_of_bank_is_measured_once_and_gets_its_fastest(config, measure
     assert sorted(measured) == sorted(
         f"{label} {name}" for label in ("value", "output", "mlp") for name in ("torch", "loop")
     )
-    assert chosen.of_bank == {path: "torch" if work.bank.label == "mlp" else "loop" for path, work in works.items()}
+    assert chosen.of_module == {path: "torch" if work.bank.label == "mlp" else "loop" for path, work in works.items()}
     model = build_model(config, vocab_size=20)
     chosen.apply(model)
     of_model = {path: bank.backend for path, bank in model.named_modules() if isinstance(bank, ExpertBank)}
-    assert of_model == chosen.of_bank
+    assert of_model == chosen.of_module
 
 
 def test_a_run_computes_with_what_was_chosen(config, measured, monkeypatch):
@@ -91,7 +91,7 @@ def test_a_run_computes_with_what_was_chosen(config, measured, monkeypatch):
 def test_a_backend_that_is_named_is_taken_without_measuring(config, measured):
     named = config.model_copy(update={"model": config.model.model_copy(update={"expert_backend": "loop"})})
     chosen = choose_backends(named, works_of(named), LocalMesh(CPU))
-    assert set(chosen.of_bank.values()) == {"loop"}
+    assert set(chosen.of_module.values()) == {"loop"}
     assert not measured
     refused = config.model_copy(update={"model": config.model.model_copy(update={"expert_backend": "triton_dense"})})
     with pytest.raises(ValueError, match="triton backend computes on a GPU"):
@@ -130,7 +130,7 @@ def test_the_other_ranks_take_what_rank_zero_found_and_measure_nothing(config, m
     told = [{name: {"reference": 1.0} for name in of_zero.seconds}, {"a GPU: op": 2}]
     chosen = choose_backends(config, works, SecondRank(told))
     assert not measured
-    assert set(chosen.of_bank.values()) == {"reference"}
+    assert set(chosen.of_module.values()) == {"reference"}
     assert chosen.tiles == {"a GPU: op": 2}
 
 
@@ -156,7 +156,7 @@ def test_a_candidate_that_is_gone_or_new_is_measured_again(config, measured):
     for times in content["seconds"].values():
         times["triton"] = 0.0
     folder.kernels.write_text(json.dumps(content))
-    assert "triton" not in choose_backends(config, works, LocalMesh(CPU)).of_bank.values()
+    assert "triton" not in choose_backends(config, works, LocalMesh(CPU)).of_module.values()
     assert len(measured) == 12
 
 
@@ -230,7 +230,7 @@ def test_a_run_tells_the_kernels_the_tiles_that_were_kept(config, measured):
 def test_a_single_candidate_is_said_to_be_one_and_not_kept(config, monkeypatch):
     monkeypatch.setattr(BankWork, "candidates", lambda self, device_type: ["loop"])
     chosen = choose_backends(config, works_of(config), LocalMesh(CPU))
-    assert all(note.endswith("experts by loop; the only candidate") for note in chosen.notes())
+    assert all(note.endswith("computed by loop; the only candidate") for note in chosen.notes())
     Path(config.run.dir).mkdir(parents=True)
     chosen.write(RunFolder(Path(config.run.dir)))
     assert "loop" not in RunFolder(Path(config.run.dir)).kernels.read_text()

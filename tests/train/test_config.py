@@ -245,6 +245,16 @@ def test_a_world_that_does_not_fit_is_an_error(overrides: list[str], processes: 
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
+def test_nodes_with_different_numbers_of_processes_need_a_node_size() -> None:
+    """Each rank would work out an ep_size of its own."""
+    uneven = world(4, per_node=2).model_copy(update={"tasks_of_nodes": (2, 1, 1)})
+    with pytest.raises(ValueError, match=r"parallel\.node_size must be a number .* they have 2, 1, 1: start"):
+        check_world(load_config(TINY), uneven)
+    assert check_world(load_config(TINY, ["parallel.node_size=1"]), uneven).node_size == 1
+    even = uneven.model_copy(update={"tasks_of_nodes": (2, 2)})
+    assert check_world(load_config(TINY), even).node_size == 2
+
+
 @given(
     directory=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
     lr=st.floats(min_value=0.0, max_value=1e300),

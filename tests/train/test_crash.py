@@ -141,11 +141,11 @@ def test_a_full_disk_leaves_no_file_and_a_later_rank_its_chance(
     assert [path.name for path in tmp_path.iterdir()] == ["crash.json"]
 
 
-@pytest.mark.parametrize("torn", ["", '{"reason": "the disk'])
+@pytest.mark.parametrize("torn", ["", '{"reason": "the disk', "[]", "null"])
 def test_a_torn_file_is_replaced(tmp_path: Path, torn: str, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "crash.json").write_text(torn)
     assert main([str(tmp_path)]) == 1
-    assert "must be a whole JSON file, but is torn" in capsys.readouterr().err
+    assert "must be a whole JSON object, but is torn" in capsys.readouterr().err
     fail(crash_file(tmp_path, rank=0), RuntimeError("the true reason"))
     assert json.loads((tmp_path / "crash.json").read_text())["reason"] == "the true reason"
 

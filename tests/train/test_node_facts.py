@@ -46,8 +46,27 @@ def test_facts_survive_the_way_to_another_node():
         index=1, uuid="GPU-1", name="x", total_gb=80.0, free_gb=None, ecc=None, uncorrected=None, processes=("p",)
     )
     facts = NodeFacts(rank=3, node="n3", promised=None, versions={"a": None}, gpus=(gpu, gpu), clock_s=0.5)
-    assert from_json(json.loads(json.dumps(facts.to_json()))) == facts
+    told = json.loads(json.dumps(facts.to_json()))
+    assert from_json({3: told}) == ({3: facts}, [])
     assert replace(facts, rank=4) != facts
+    # those of another version of the program
+    assert from_json({0: {"rank": 0, "node": "n0"}, 1: ["n1"], 3: told}) == ({3: facts}, [0, 1])
+
+
+def test_a_check_that_ends_after_it_was_called_hanging_does_not_count(monkeypatch: pytest.MonkeyPatch):
+    class Late(threading.Thread):
+        """Ends just after it was found alive."""
+
+        def join(self, timeout: float | None = None) -> None:
+            pass
+
+        def is_alive(self) -> bool:
+            super().join()
+            return not hasattr(self, "asked") and setattr(self, "asked", True) is None
+
+    monkeypatch.setattr(node_facts.threading, "Thread", Late)
+    found, problems = run_each({"late": lambda: {"a": 1}}, limit_s=0.0)
+    assert (found, list(problems)) == ({}, ["late"])
 
 
 def test_changes_of_a_clone_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -22,13 +22,15 @@ GOOD = NodeFacts(
 )
 
 
-def verdict(*changes: dict | None, limits: Limits | None = None, seen: dict | None = None) -> Verdict:
-    """Of nodes n0, n1, ... that differ from a good one by `changes`; None: it told nothing."""
+def verdict(
+    *changes: dict | None, limits: Limits | None = None, seen: dict | None = None, strangers: tuple[int, ...] = ()
+) -> Verdict:
+    """Of nodes n0, n1, ... that differ from a good one by `changes`; None: it told nothing, or no facts (`strangers`)."""
     facts = {rank: replace(GOOD, rank=rank, **change) for rank, change in enumerate(changes) if change is not None}
     names = [f"n{rank}" for rank in range(len(changes))]
     everyone = {rank: list(facts) for rank in facts}
     limits = limits or Limits(min_host_gb=2.0, patience_s=7.0)
-    problems = judge(facts, seen or everyone, names=names, limits=limits, place="/shared")
+    problems = judge(facts, seen or everyone, names=names, limits=limits, place="/shared", strangers=strangers)
     return conclude(problems, size=len(changes))
 
 
@@ -69,7 +71,13 @@ def test_equal_nodes_in_order_are_good():
         ({"host_gb": 1.5}, "host memory", ["n2 has 1.5 GB", "--min-host-gb is 2"]),
         ({"clock_s": -6.0}, "clock", ["within 5 s", "n2 is 6.0 s ahead of"]),
         ({"clock_s": 60.0}, "clock", ["n2 is 60.0 s behind"]),
-        ({"problems": {"shards": "the index is torn: restore it"}}, "shards", ["on n2 the index is torn: restore it"]),
+        # what was not found differs from the others' too, which is no second problem
+        (
+            {"problems": {"shards": "the index is torn: restore it"}, "shards": {}},
+            "shards",
+            ["on n2 the index is torn: restore it"],
+        ),
+        ({"problems": {"commit": "git hangs"}, "commit": None, "versions": {}}, "commit", ["on n2 git hangs"]),
         ({"problems": {"GPUs": "nvidia-smi hangs"}, "gpus": ()}, "GPUs", ["on n2 nvidia-smi hangs"]),
         (None, "folder", ["n2 has written nothing within 7 s", "/shared", "starts no program"]),
     ],
@@ -136,12 +144,35 @@ def test_a_gpu_that_tells_nothing_is_not_bad():
 def test_a_clock_that_was_read_slowly_is_not_blamed_for_it():
     assert verdict({}, {"clock_s": 6.0, "clock_error_s": 1.5}).exit_code == 0
     assert verdict({}, {"clock_s": 6.0, "clock_error_s": 0.5}).exit_code == 1
+    # nor is it the other's fault that the right one was
+    assert verdict({"clock_error_s": 1.5}, {"clock_s": 6.0}).exit_code == 0
+    assert verdict({"clock_error_s": 0.5}, {"clock_s": 6.0}).exit_code == 1
 
 
 def test_the_smaller_group_of_those_that_see_each_other_has_the_wrong_folder():
     found = verdict({}, {}, {}, seen={0: [0], 1: [1, 2], 2: [1, 2]})
     assert found.bad == (0,)
     assert "n0 and the others see each other's files in 0 of 2 cases" in found.problems[0].sentence
-    assert verdict({}, {}, seen={0: [0], 1: [1]}).bad == (1,)
     # one way is not enough: n1's files reach nobody
     assert verdict({}, {}, {}, seen={0: [0, 2], 1: [0, 1, 2], 2: [0, 2]}).bad == (1,)
+
+
+def test_of_two_halves_that_do_not_see_each_other_neither_is_blamed():
+    """The first node may be the one without the file system."""
+    for found in (
+        verdict({}, None),
+        verdict({}, None, {}, None),
+        verdict({}, {}, seen={0: [0], 1: [1]}),
+        verdict({}, {}, {}, {}, seen={0: [0, 1], 1: [0, 1], 2: [2, 3], 3: [2, 3]}),
+    ):
+        assert (found.exit_code, found.bad) == (3, ())
+        assert "mount the shared" in found.problems[0].sentence
+    assert verdict({}, None, {}).bad == (1,)
+
+
+def test_a_node_whose_words_are_no_facts_has_another_commit():
+    found = verdict({}, {}, None, strangers=(2,))
+    assert (found.exit_code, found.bad) == (1, (2,))
+    (problem,) = found.problems
+    assert problem.check == "commit"
+    assert "n2 tells its facts as another version" in problem.sentence

@@ -14,6 +14,7 @@ import yaml
 
 from parallel.config import ProcessInfo
 from tests.train.poison import assert_same_tensors
+from tests.train.saver_ranks import fail_to_write
 from tests.train.tiny_job import ALONE, records, tiny_config, write_shards
 from train import run, step
 from train.checkpoint_folder import candidates
@@ -30,14 +31,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def config_of(folder: Path, name: str, *, steps: int = 6, stage: int = 0, **data: Any) -> Config:
+def config_of(
+    folder: Path, name: str, *, steps: int = 6, stage: int = 0, num_workers: int = 0, **checkpoint: Any
+) -> Config:
     run_section = {"dir": str(folder / name / "run"), "steps": steps, "log_every_steps": 1}
     return tiny_config(
         folder,
         run=run_section,
         parallel={"zero_stage": stage, "ep_size": 1},
-        data=data,
-        checkpoint={"every_steps": 4, "keep": 20},
+        data={"num_workers": num_workers},
+        checkpoint={"every_steps": 4, "keep": 20} | checkpoint,
     )
 
 
@@ -79,6 +82,36 @@ def test_a_run_that_is_asked_to_end_saves_after_the_step_and_goes_on_from_there(
     assert run_and_signal(config_of(folder, "whole"), {}) == "done"
     assert_same_tensors(folder / "parts" / "run", folder / "whole" / "run", step=6)
     assert [r["loss"] for r in records(folder / "parts")] == [r["loss"] for r in records(folder / "whole")]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_that_fails_when_the_run_is_asked_to_end_costs_the_steps_since_the_one_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asynchronous: bool
+):
+    assert (
+        run_and_signal(config_of(folder, "parts", asynchronous=asynchronous), {2: (0, signal.SIGTERM)}) == "preempted"
+    )
+    with monkeypatch.context() as full:
+        fail_to_write(full, "manifest.json")
+        config = config_of(folder, "parts", asynchronous=asynchronous)
+        assert run_and_signal(config, {4: (0, signal.SIGTERM)}) == "preempted"
+    told = " ".join(capsys.readouterr().out.split())
+    assert "the checkpoint of step 5 was not written" in told
+    assert "No space left on device" in told
+    assert "asked to end: the checkpoint of step 5 of 6 is missing, see above; the same command goes on from" in told
+    assert not (folder / "parts" / "run" / "crash.json").exists()
+    assert candidates(folder / "parts" / "run" / "checkpoints") == ["step_000003"]
+    assert run_and_signal(config, {}) == "done"
+    assert run_and_signal(config_of(folder, "whole"), {}) == "done"
+    assert [r["loss"] for r in records(folder / "parts")] == [r["loss"] for r in records(folder / "whole")]
+
+
+def test_a_user_who_wants_no_failed_save_gets_an_error_when_the_run_is_asked_to_end_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fail_to_write(monkeypatch, "manifest.json")
+    with pytest.raises(RuntimeError, match="the checkpoint of step 3 was not written"):
+        run_and_signal(config_of(folder, "run", on_failure="stop"), {2: (0, signal.SIGTERM)})
 
 
 def test_a_signal_in_the_last_step_ends_a_run_that_is_done(folder: Path):

@@ -66,7 +66,7 @@ def test_tokens_per_second_are_those_of_the_steps_without_evaluations_and_saves(
         engine=cast(Any, SimpleNamespace(model=torch.nn.Module())),
         memory=None,
         reporter=Reporter(is_main=False, total_steps=6),
-        saver=cast(Any, SimpleNamespace(look=lambda: None, take_record=dict, finish=lambda: None)),
+        saver=cast(Any, SimpleNamespace(look=lambda: None, take_record=dict, finish=lambda **_: True)),
         crash=CrashFile(RunFolder(tmp_path), ALONE),
         preemption=Preemption(),
     )

@@ -122,6 +122,25 @@ def test_a_last_save_that_failed_fails_the_run(tmp_path: Path, monkeypatch: pyte
         assert "step 100 was not written" in str(error)
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize(("times", "is_whole"), [(1, True), (2, False)])
+def test_a_last_save_that_failed_is_told_to_a_run_that_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, is_whole: bool, asynchronous: bool
+):
+    """It counts as any other: one that failed before it does not matter."""
+    fail_to_write(monkeypatch, "manifest.json", times=times)
+
+    def work(held: Held) -> bool:
+        held.save(100)
+        held.save(200)
+        return held.saver.finish(goes_on=True)
+
+    results, errors, said = on_ranks(tmp_path, work, asynchronous=asynchronous)
+    assert (results, errors) == ([is_whole] * 2, [None, None])
+    assert [len(sentences) for sentences in said] == [times] * 2
+    assert (latest(tmp_path) == tmp_path / "step_000200") is is_whole
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write_shards(tmp_path / "shards", seed=1)

@@ -1,0 +1,88 @@
+"""How fast peer_experts is on a GPU, beside gather and einsum, as a share of the bandwidth of a copy.
+
+Owns: shapes, inputs and the rival. Does not own: timing and the table (benchmarks/gpu/table_bench.py), the bytes (kernels/peer_experts/
+traffic.py). Called by: anyone with a GPU, from the root of the clone: `python -m benchmarks.kernels.bench_peer_experts > FILE.md`; --smoke
+needs none.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu.kernel_bench import Bench, Inputs, Work
+from benchmarks.gpu.table_bench import Layer, choose, few_tokens, main
+from kernels.peer_experts import peer_experts, traffic
+from kernels.peer_experts.reference import reference
+
+LAYERS = (
+    Layer("PEER, 1,024^2 experts, h 8, k 16, D 1,024", 8192, 1024, 1024**2, 128),
+    Layer("PEER, 1,024^2 experts, h 8, k 16, 128 columns", 8192, 128, 1024**2, 128),
+)
+
+
+def make(layer: Layer, *, zipf: bool, seed: int, device: torch.device) -> Inputs:
+    """leaves: rows, up, down, gates."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    d, length = layer.d_model, layer.num_entries
+    leaves = (
+        normal(layer.tokens, d).requires_grad_(),
+        (normal(length, d) / d**0.5).requires_grad_(),
+        normal(length, d).requires_grad_(),
+        torch.rand(layer.tokens * layer.choices, generator=generator, device=device).requires_grad_(),
+    )
+    return Inputs(leaves, normal(layer.tokens, d), choose(layer, zipf=zipf, generator=generator))
+
+
+def by_torch(inputs: Inputs) -> Tensor:
+    rows, up, down, gates = inputs.leaves
+    entry_TA = inputs.rest.entry_TA
+    z_TA = torch.einsum("td,tad->ta", rows, F.embedding(entry_TA, up))
+    weights_TA = gates.view(entry_TA.shape) * F.gelu(z_TA.float())
+    return torch.einsum("ta,tad->td", weights_TA.to(rows.dtype), F.embedding(entry_TA, down))
+
+
+def by_us(inputs: Inputs) -> Tensor:
+    return peer_experts(*inputs.leaves, routes=inputs.rest.routes, activation="gelu", backend="triton")
+
+
+def by_reference(inputs: Inputs) -> Tensor:
+    return reference(*inputs.leaves, routes=inputs.rest.routes, activation="gelu")
+
+
+def work(layer: Layer, *, backward: bool) -> Work:
+    shape = traffic.layer(tokens=layer.tokens, choices=layer.choices, entries=layer.num_entries, d_model=layer.d_model)
+    launches = (traffic.backward if backward else traffic.forward)(shape).values()
+    moved = traffic.must_move(shape, backward=backward)
+    return Work(traffic.flops(shape, backward=backward), moved, sum(each.total for each in launches))
+
+
+BENCH = Bench(
+    op="peer_experts",
+    layers=LAYERS,
+    smoke_layers=(Layer("tiny", 6, 16, 64, 8),),
+    leaf_names=("rows", "up", "down", "gates"),
+    make=make,
+    functions={"torch": by_torch, "ours": by_us},
+    ours=("ours",),
+    judged="ours",
+    faster="ours",
+    rival="torch",
+    reference=by_reference,
+    work=work,
+    notes=(
+        "torch: two F.embedding, two einsum, dense gradients; keeps both gathered (tokens, choices, D) for its backward pass",
+        "ours: the routes and their sort are made before the clock starts, as a layer makes them once for both passes",
+    ),
+    checked=partial(few_tokens, tables=(1, 2)),
+    share={"fwd": 0.75, "bwd": 0.50},
+)
+
+
+if __name__ == "__main__":
+    main(BENCH)

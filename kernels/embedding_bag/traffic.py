@@ -1,0 +1,63 @@
+"""The bytes that embedding_bag moves, from the shapes.
+
+Owns: the launches of both passes, the lower bounds. Does not own: the bytes of a launch (kernels/tables/traffic.py).
+Called by: benchmarks/kernels/bench_embedding_bag.py, benchmarks/kernels/compile_table.py (the table in kernels/README.md), and the tests.
+
+The gradient that a pass is given has the dtype of the output: the table's, outside autocast.
+"""
+
+from kernels.peer_experts.traffic import layer
+from kernels.tables.traffic import FLOAT, INDEX, INT, Shape, Traffic, gradient, products, sums
+from kernels.traffic import Example
+
+
+def forward(shape: Shape) -> dict[str, Traffic]:
+    """By launch."""
+    return {"sums": sums(shape, shape.outputs)}
+
+
+def backward(shape: Shape, *, adam: bool = False) -> dict[str, Traffic]:
+    """By launch, with the gradients of table and gates."""
+    return {"products": products(shape, shape.outputs), **gradient(shape, shape.outputs, adam=adam)}
+
+
+def forward_bound(shape: Shape) -> int:
+    """What any implementation reads and writes: inputs once, the result once; of the table the rows that are read."""
+    small = shape.copies * (FLOAT + shape.entry_size) + shape.outputs * INT
+    return shape.touched_bytes + shape.row_bytes(shape.outputs) + small
+
+
+def backward_bound(shape: Shape) -> int:
+    """The same inputs, the order and the gradient; the gates' gradient, and the table's with its zeros."""
+    small = shape.copies * (2 * FLOAT + INT + INDEX + shape.entry_size) + shape.outputs * INT
+    return shape.touched_bytes + shape.row_bytes(shape.outputs) + small + shape.table_bytes
+
+
+def must_move(shape: Shape, *, backward: bool) -> int:
+    """The bound where no cache holds the table's rows until they are read again."""
+    return (backward_bound(shape) if backward else forward_bound(shape)) + shape.again_bytes
+
+
+def flops(shape: Shape, *, backward: bool) -> int:
+    return (4 if backward else 2) * shape.copies * shape.d_model
+
+
+def _examples(name: str, shape: Shape) -> list[Example]:
+    found = {
+        "forward, no row from a cache": (forward(shape), forward_bound(shape)),
+        "backward, no row from a cache": (backward(shape), backward_bound(shape)),
+    }
+    return [
+        Example(
+            shape=name,
+            part=part,
+            tokens=shape.outputs,
+            read=sum(each.read + each.again for each in launches.values()),
+            written=sum(each.written for each in launches.values()),
+            bound=bound,
+        )
+        for part, (launches, bound) in found.items()
+    ]
+
+
+EXAMPLES = _examples("Memory+: 1,024^2 values, 4 heads, k 32, D 1,024, 8,192 tokens", layer(tokens=8192))

@@ -1,0 +1,175 @@
+"""How the parts of a network that are no banks of matrices are computed: tables, their choice, top-k attention, shift mixing.
+
+Owns: which parts a model has, the candidates of each, and the work by which they are compared, on random values of the run's sizes. Does
+not own: the clock (work.py), when it is used, what is kept and logged (train/backends.py).
+
+Shape letters: B rows, S positions, T = B*S tokens, D model width, H heads, K picks, C copies, L rows of a table.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels import product_key_topk, shift_mix, top_k_attention
+from kernels.embedding_bag import embedding_bag
+from kernels.peer_experts import peer_experts, peer_products
+from kernels.tables.routes import TableRoutes, candidates
+from model.attend import Attend
+from model.attention_config import DEFAULT_CHUNK
+from model.hsm.layer import HSM
+from model.peer import PEER
+from model.pkm import PKM
+from model.section import BankShape
+from model.transformer import Transformer
+from model.work import Work
+
+MAX_TABLE_ROWS = 2**17  # of a measurement: 256 MiB at width 512, beyond every cache; more rows take as long
+
+Compute = Callable[[str], Tensor]  # by the name of a backend
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a rank works on in a micro-step. dtype: of the products; weights are float32."""
+
+    rows: int
+    length: int
+    dtype: torch.dtype
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class PartWork(Work):
+    """name: all that the time depends on. serving: by device type, the backends that can. build: on a device, the tensors that get
+    gradients and what computes."""
+
+    name: str
+    serving: Callable[[str], Sequence[str]]
+    dtype: torch.dtype
+    build: Callable[[torch.device], tuple[list[Tensor], Compute]]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def candidates(self, device_type: str) -> Sequence[str]:
+        return self.serving(device_type)
+
+    def work(self, backend: str, *, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+        leaves, compute = self.build(device)
+
+        def work() -> tuple[Tensor, ...]:
+            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                output = compute(backend)
+            return output, *torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+        return work
+
+
+def part_works(model: Transformer, sizes: Sizes) -> dict[str, PartWork]:
+    """By path, every module of the model that has such a choice; tables apart, whose rows may be elsewhere (`table_work`)."""
+    works = {}
+    for path, module in model.named_modules():
+        if isinstance(module, HSM) and module.factors is not None:
+            works[path] = _shift_work(module, module.factors, sizes, d_model=model.config.d_model)
+        elif isinstance(module, (PEER, PKM)):
+            works[f"{path}.router"] = _choice_work(module, sizes)
+        elif isinstance(module, Attend) and module.selects():
+            works[path] = _attention_work(module, sizes)
+    return works
+
+
+def table_work(bank: BankShape, sizes: Sizes, *, num_rows: int, columns: int) -> PartWork:
+    """What is looked up in a table of which this rank holds `num_rows` rows and one of `columns` ranges of columns."""
+    num_rows, width = min(num_rows, MAX_TABLE_ROWS), bank.output_dim // columns
+    copies = bank.num_heads * bank.top_k
+    kind = "values" if not bank.replies else "neurons" if columns == 1 else "products"
+    name = f"table of {num_rows} {kind} x {width}: {sizes.tokens} tokens, {copies} rows each, {sizes.dtype}"
+
+    def build(device: torch.device) -> tuple[list[Tensor], Compute]:
+        normal, generator = _normal(device)
+        rows_C = torch.arange(sizes.tokens, device=device).repeat_interleave(copies)
+        entry_C = torch.randint(num_rows, rows_C.shape, generator=generator, device=device)
+        routes = TableRoutes.of(entry_C, rows_C, rows_C, num_rows=sizes.tokens, num_outputs=sizes.tokens)
+        rows, gates = normal(sizes.tokens, width).to(sizes.dtype), normal(len(rows_C)).sigmoid()
+        up, down = normal(num_rows, width), normal(num_rows, width)
+        if kind == "values":
+            return _leaves(down, gates), lambda backend: embedding_bag(down, gates, routes=routes, backend=backend)
+        if kind == "neurons":
+            neurons = partial(peer_experts, rows, up, down, gates, routes=routes, activation="gelu")
+            return _leaves(rows, up, down, gates), lambda backend: neurons(backend=backend)
+
+        def in_halves(backend: str) -> Tensor:
+            weights = gates * peer_products(rows, up, routes=routes, backend=backend)
+            return embedding_bag(down, weights, routes=routes, backend=backend)
+
+        return _leaves(rows, up, down, gates), in_halves
+
+    return PartWork(name, candidates, sizes.dtype, build)
+
+
+def _choice_work(layer: PEER | PKM, sizes: Sizes) -> PartWork:
+    router, top_k = layer.router, layer.config.top_k
+    assert top_k is not None
+    _, _, num_keys, half = router.keys.shape
+    name = f"{router.num_heads} x {top_k} of {num_keys}^2 by queries of 2 x {half}: {sizes.tokens} tokens"
+
+    def build(device: torch.device) -> tuple[list[Tensor], Compute]:
+        normal, _ = _normal(device)
+        queries = normal(sizes.tokens, router.num_heads, 2, half)
+        keys = normal(*router.keys.shape)
+        choose = partial(product_key_topk.product_key_topk, queries, keys, top_k=top_k)
+        return _leaves(queries, keys), lambda backend: choose(backend=backend).scores_THK
+
+    return PartWork(name, partial(product_key_topk.candidates, num_keys=num_keys, top_k=top_k), sizes.dtype, build)
+
+
+def _attention_work(attend: Attend, sizes: Sizes) -> PartWork:
+    config, length = attend.config, sizes.length
+    heads, width, num_keys = config.num_heads, config.head_dim, length * (1 + config.memory_blocks)
+    positions = attend.relative is not None
+    extras = positions or config.attention_dropout > 0
+    best = "all" if config.attend_top_k is None else f"the best {config.attend_top_k}"
+    of_keys = f"{best} of {num_keys} keys{' by distance too' * positions}{', dropout' * (config.attention_dropout > 0)}"
+    name = f"attention of {sizes.rows} x {heads} x {length} queries of {width} to {of_keys}, {sizes.dtype}"
+
+    def build(device: torch.device) -> tuple[list[Tensor], Compute]:
+        normal, _ = _normal(device)
+        q, k, v = (normal(sizes.rows, heads, size, width).to(sizes.dtype) for size in (length, num_keys, num_keys))
+        options = {"top_k": config.attend_top_k, "scale": width**-0.5, "chunk": config.attend_chunk or DEFAULT_CHUNK}
+        attention = partial(top_k_attention.top_k_attention, q, k, v, **options)
+        return _leaves(q, k, v), lambda backend: attention(backend=backend)
+
+    serving = partial(
+        top_k_attention.candidates, top_k=config.attend_top_k, num_keys=num_keys, widths=(width, width), extras=extras
+    )
+    return PartWork(name, serving, sizes.dtype, build)
+
+
+def _shift_work(layer: HSM, factors: tuple[Tensor, Tensor], sizes: Sizes, *, d_model: int) -> PartWork:
+    num_factors, shifts = len(factors[0]), layer.shifts
+    shape = f"{sizes.rows} x {sizes.length} positions of {d_model}, {sizes.dtype}"
+    name = f"shift mixing by {', '.join(map(str, shifts))} with {num_factors} factors: {shape}"
+
+    def build(device: torch.device) -> tuple[list[Tensor], Compute]:
+        normal, _ = _normal(device)
+        u = normal(sizes.rows, sizes.length, d_model).to(sizes.dtype)
+        a, b = normal(num_factors), normal(num_factors)
+        mix = partial(shift_mix.shift_mix, u, a, b, shifts=shifts, boundary=layer.boundary)
+        return _leaves(u, a, b), lambda backend: mix(backend=backend)
+
+    return PartWork(name, shift_mix.candidates, sizes.dtype, build)
+
+
+def _normal(device: torch.device) -> tuple[Callable[..., Tensor], torch.Generator]:
+    generator = torch.Generator(device).manual_seed(0)
+    return partial(torch.randn, generator=generator, device=device), generator
+
+
+def _leaves(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.requires_grad_() for tensor in tensors]

@@ -1,0 +1,193 @@
+"""shift_mix as operations: their bytes, what is saved, torch.compile, and what they refuse."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.shift_mix import candidates, shift_mix, shift_mix_step, traffic
+from kernels.shift_mix.traffic import Shape
+from tests.kernels.compare import assert_same
+from tests.kernels.test_shift_mix import LEAVES, NAMES, Case, Inputs, by_backend, decoded, loop, make_inputs
+
+Run = Callable[..., Any]
+PLAIN = Case(2, 70, 130, 10, (5,))  # three blocks of positions, two of channels
+PACKED = Case(2, 70, 130, 1, (5,), documents=((30, 40), (69, 1)))
+OWN = Case(2, 40, 12, 3, (4, 8, 1))
+
+
+def shape_of(case: Case) -> Shape:
+    return Shape(
+        batch=case.rows, length=case.length, width=case.width, factors=case.factors, itemsize=4,
+        documents=case.documents is not None,
+    )  # fmt: skip
+
+
+def count_bytes(function: Callable[..., object], *args: Any) -> list[Any]:
+    from tests.kernels.memory import recorded_launches
+
+    with recorded_launches() as launches:
+        function(*args)
+    return launches
+
+
+@pytest.mark.parametrize("boundary", ["zero", "self", "clamp"])
+@pytest.mark.parametrize("case", [PLAIN, PACKED], ids=["one_document", "documents"])
+def test_the_byte_model_is_what_the_kernels_touch_and_nothing_is_written_twice(
+    case: Case, boundary: str, interpreted: Run
+) -> None:
+    found = interpreted(count_bytes, by_backend, make_inputs(case, boundary), "triton")
+    wanted = [*traffic.forward(shape_of(case)).values(), *traffic.backward(shape_of(case)).values()]
+    assert [launch.kernel for launch in found] == ["mix_kernel", "backward_kernel"]
+    assert [(launch.read, launch.written) for launch in found] == [(each.read, each.written) for each in wanted]
+    assert all(launch.asked_to_write == launch.written for launch in found), "no element is written by two programs"
+
+
+def test_slices_with_their_own_shifts_are_read_and_written_once_together(interpreted: Run) -> None:
+    found = interpreted(count_bytes, by_backend, make_inputs(OWN, "zero"), "triton")
+    forward, backward = found[:3], found[3:]
+    factors = 2 * 3 * traffic.FLOAT
+    row = shape_of(OWN).row_bytes
+    assert (sum(each.read for each in forward), sum(each.written for each in forward)) == (row + factors, row)
+    assert sum(each.read for each in backward) == 2 * row + factors
+    assert sum(each.written for each in backward) == row + shape_of(OWN).sum_bytes
+    assert all(launch.asked_to_write == launch.written for launch in found)
+
+
+def test_a_step_reads_and_writes_two_tokens_in_one_launch(interpreted: Run) -> None:
+    inputs = make_inputs(Case(2, 6, 300, 3, (2,)), "zero")
+    found = interpreted(count_bytes, decoded, inputs, "triton")
+    model = traffic.step(batch=2, width=300, factors=3, itemsize=4)
+    assert len(found) == 6
+    assert all((launch.read, launch.written) == (model.read, model.written) for launch in found[2:])
+    assert all(launch.asked_to_write == launch.written for launch in found)
+
+
+def bytes_saved(inputs: Inputs, backend: str) -> int:
+    """Bytes kept for the backward pass, without the factors."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    leaves = [inputs[name].requires_grad_() for name in LEAVES]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        shift_mix(*leaves, **inputs["rest"], backend=backend)
+    return sum(kept.values()) - 2 * leaves[1].nbytes
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_only_u_and_where_documents_begin_are_saved(backend: str, interpreted: Run) -> None:
+    call = interpreted if backend == "triton" else lambda function, *args: function(*args)
+    assert call(bytes_saved, make_inputs(PACKED, "zero"), backend) == traffic.saved(shape_of(PACKED))
+
+
+def compiled(inputs: Inputs) -> dict[str, Tensor]:
+    """Under torch.compile with one graph, by its tracer without a code generator (which the interpreter would not survive)."""
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=False)
+    def function(*leaves: Tensor) -> Tensor:
+        return shift_mix(*leaves, **inputs["rest"], backend="triton") * 2.0
+
+    leaves = [inputs[name].requires_grad_() for name in LEAVES]
+    output = function(*leaves)
+    return dict(zip(NAMES, (output.detach(), *torch.autograd.grad(output, leaves, inputs["gradient"])), strict=True))
+
+
+def test_compile_sees_one_graph_with_the_same_result(interpreted: Run) -> None:
+    inputs = make_inputs(PACKED, "self")
+    wanted = {name: 2.0 * each for name, each in loop(inputs).items()}
+    assert_same(interpreted(compiled, inputs), wanted, tolerance=1e-5)
+
+
+def checked_by_torch(inputs: Inputs) -> str:
+    from kernels.shift_mix.op import mix_op, step_op
+
+    leaves = [inputs[name].requires_grad_() for name in LEAVES]
+    mix = torch.library.opcheck(mix_op, (*leaves, None, [4, 8, 1], "zero"), raise_exception=False)
+    u, ring, a, b = torch.randn(2, 6), torch.randn(2, 3, 6), torch.randn(2), torch.randn(2)
+    tests = ("test_schema", "test_faketensor")
+    step = torch.library.opcheck(step_op, (u, ring, a, b, 1, 2, "zero"), test_utils=tests, raise_exception=False)
+    return f"{mix} {step}"
+
+
+def test_torch_finds_nothing_wrong_with_the_operations(interpreted: Run) -> None:
+    found = interpreted(checked_by_torch, make_inputs(OWN, "zero"))
+    assert found.count("'SUCCESS'") == 6, found
+
+
+def asked_for(inputs: Inputs, name: str, backend: str) -> dict[str, Tensor]:
+    leaves = [inputs[each].requires_grad_(each == name) for each in LEAVES]
+    shift_mix(*leaves, **inputs["rest"], backend=backend).backward(inputs["gradient"])
+    return {each: leaf.grad for each, leaf in zip(LEAVES, leaves, strict=True) if leaf.grad is not None}
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("name", LEAVES)
+def test_a_gradient_that_is_asked_for_alone_is_the_same(name: str, backend: str, interpreted: Run) -> None:
+    call = interpreted if backend == "triton" else lambda function, *args: function(*args)
+    inputs = make_inputs(OWN, "zero")
+    assert_same(call(asked_for, inputs, name, backend), {name: loop(inputs)[name]}, tolerance=4e-6)
+
+
+def with_other_strides(inputs: Inputs, backend: str) -> dict[str, Tensor]:
+    strided = {name: inputs[name].mT.contiguous().mT for name in ("u", "gradient")}
+    every_second = {name: inputs[name].repeat_interleave(2)[::2] for name in ("a", "b")}
+    return by_backend(inputs | strided | every_second, backend)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_strides_do_not_matter_and_two_runs_are_bit_equal(backend: str, interpreted: Run) -> None:
+    call = interpreted if backend == "triton" else lambda function, *args: function(*args)
+    inputs = make_inputs(PACKED, "clamp")
+    found, wanted = call(with_other_strides, inputs, backend), call(by_backend, inputs, backend)
+    assert all(torch.equal(found[name], wanted[name]) for name in NAMES)
+
+
+def refused(backend: str = "torch", **changes: Any) -> str:
+    given = {"u": torch.zeros(2, 5, 6), "a": torch.ones(3), "b": torch.ones(3), "shifts": (2,)} | changes
+    try:
+        return str(shift_mix(given.pop("u"), given.pop("a"), given.pop("b"), **given, backend=backend))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"a": torch.ones(2)}, ("a [2], b [3]", "u [2, 5, 6]", "one factor for each slice")),
+        ({"a": torch.ones(4), "b": torch.ones(4)}, ("divides the width", "[4]", "[2, 5, 6]")),
+        ({"b": torch.ones(3).double()}, ("one dtype", "torch.float64", "cast")),
+        ({"shifts": (0,)}, ("at least 1", "(0,)", "[2, 5, 6]")),
+        ({"shifts": (1, 2, 4, 8)}, ("the number of shifts divides", "(1, 2, 4, 8)")),
+        ({"boundary": "roll"}, ("zero, self, clamp", "'roll'")),
+        ({"document_ids_BS": torch.zeros(2, 4)}, ("[2, 4]", "[2, 5, 6]", "an id for each position")),
+        ({"backend": "cuda"}, ("triton, torch, reference", "'cuda'")),
+        ({"backend": "triton"}, ("shift_mix: the triton backend computes on a GPU",)),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_with_both_values(changes: dict[str, Any], parts: tuple[str, ...]) -> None:
+    message = refused(**changes)
+    assert all(part in message for part in parts), message
+
+
+def test_a_ring_of_other_rows_or_another_dtype_is_refused() -> None:
+    for ring in (torch.zeros(3, 4, 6), torch.zeros(2, 4, 5), torch.zeros(2, 4, 6).double()):
+        with pytest.raises(ValueError, match="use the ring of these rows"):
+            shift_mix_step(torch.zeros(2, 6), ring, torch.ones(1), torch.ones(1), position=0, backend="torch")
+
+
+def test_the_kernel_refuses_float64(interpreted: Run) -> None:
+    assert "got torch.float64 and torch.float32: cast them" in interpreted(_refused_in_float64)
+
+
+def _refused_in_float64() -> str:
+    return refused("triton", u=torch.zeros(2, 5, 6).double())
+
+
+def test_the_candidates_are_those_that_can_serve() -> None:
+    assert candidates("cpu") == ("torch",)
+    assert candidates("cuda") == ("triton", "torch")

@@ -1,0 +1,85 @@
+"""The parts of a network that have backends beside its banks: which they are, and the work by which they are compared."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.part_choice import MAX_TABLE_ROWS, Sizes, part_works, table_work
+from model.transformer import Transformer
+
+CPU = torch.device("cpu")
+SIZES = Sizes(rows=2, length=12, dtype=torch.float32)
+MODEL = {
+    "vocab_size": 16,
+    "d_model": 24,
+    "num_layers": 4,
+    "mixers": ["hsm", "attention"],
+    "feedforwards": ["peer", "pkm"],
+    "hsm": {"variant": "vector"},
+    "attention": {"num_heads": 2, "head_dim": 8, "positions": "rope", "attend_top_k": 3},
+    "peer": {"num_experts": 64, "num_heads": 2, "top_k": 3, "key_dim": 8},
+    "pkm": {"num_keys": 5, "num_heads": 3, "top_k": 4, "key_dim": 8},
+}
+
+
+def model_of(**changes: object) -> Transformer:
+    return Transformer(ModelConfig.model_validate({**MODEL, **changes}), vocab_size=16, backend="reference")
+
+
+def tables_of(model: Transformer, sizes: Sizes = SIZES, columns: int = 1):
+    banks = [bank for bank in model.config.banks() if bank.shape.is_table]
+    return {bank.path: table_work(bank.shape, sizes, num_rows=bank.shape.num_groups, columns=columns) for bank in banks}
+
+
+def test_every_part_is_found_and_takes_a_backend():
+    model = model_of()
+    works = {**part_works(model, SIZES), **tables_of(model)}
+    assert sorted(works) == sorted(
+        f"layers.{depth}.{name}"
+        for depth, names in enumerate([("mixer", "feedforward.router", "feedforward.experts"),
+                                       ("mixer.attend", "feedforward.router", "feedforward.table")] * 2)
+        for name in names
+    )  # fmt: skip
+    assert {model.get_submodule(path).backend for path in works} == {"torch"}
+
+
+@pytest.mark.parametrize("kind", ["layers.0.mixer", "layers.1.mixer.attend", "layers.0.feedforward.router"])
+def test_equal_layers_are_one_work_and_other_sizes_are_another(kind: str):
+    works = part_works(model_of(), SIZES)
+    later = kind.replace("layers.0", "layers.2").replace("layers.1", "layers.3")
+    if kind != "layers.0.mixer":  # the later layer shifts farther
+        assert str(works[kind]) == str(works[later])
+    for other in (replace(SIZES, rows=3), replace(SIZES, length=16)):
+        assert str(part_works(model_of(), other)[kind]) != str(works[kind])
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_each_work_gives_what_the_reference_gives_forward_and_backward(columns: int):
+    model = model_of()
+    works = {**part_works(model, SIZES), **tables_of(model, columns=columns)}
+    for path, work in works.items():
+        assert work.candidates("cpu") == ("torch",)
+        found, wanted = (work.work(backend, device=CPU)() for backend in ("torch", "reference"))
+        assert len(found) == len(wanted) >= 3
+        for one, other in zip(found, wanted, strict=True):
+            assert other.any()
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda text, path=path: f"{path}: {text}")
+
+
+def test_a_table_is_measured_with_the_columns_that_are_here_and_not_beyond_what_matters():
+    (bank,) = {bank.shape for bank in model_of().config.banks() if bank.shape.name == "experts"}
+    output, rows, up, down, gates = table_work(bank, SIZES, num_rows=40, columns=2).work("torch", device=CPU)()
+    assert output.shape == rows.shape == (24, 12)
+    assert up.shape == down.shape == (40, 12)
+    assert gates.shape == (24 * 2 * 3,)
+    assert str(MAX_TABLE_ROWS) in str(table_work(bank, SIZES, num_rows=MAX_TABLE_ROWS + 1, columns=1))
+
+
+def test_what_torch_computes_by_itself_is_no_part():
+    dense = {"attention": {**MODEL["attention"], "attend_top_k": None}, "pkm": {**MODEL["pkm"], "top_k": None}}
+    works = part_works(model_of(**dense), SIZES)
+    assert not [path for path in works if path.startswith(("layers.1.", "layers.3."))]
+    gates = part_works(model_of(hsm={"variant": "single_gate"}), SIZES)
+    assert "layers.0.mixer" not in gates

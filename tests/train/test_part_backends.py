@@ -1,0 +1,90 @@
+"""Which backends tables, the choice of their rows, top-k attention and shift mixing get."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from model.part_choice import PartWork
+from parallel.volume import BankExchange, Mode
+from tests.train.tiny_job import tiny_config, write_shards
+from train.backends import table_works
+from train.build import build_model, choose_kernels
+from train.config import Layout
+from train.engine import LocalMesh
+
+CPU, ALONE = torch.device("cpu"), Layout(ep_size=1, node_size=1)
+RELATIVES = {
+    "mixers": ["hsm"],
+    "switchhead": None,
+    "hsm": {"variant": "constant"},
+    "feedforwards": ["peer"],
+    "sigma_moe": None,
+    "peer": {"num_experts": 64, "num_heads": 2, "top_k": 2, "key_dim": 8},
+    "num_layers": 2,
+}
+
+
+@pytest.fixture
+def config_of(tmp_path, torch_as_it_was):
+    write_shards(tmp_path / "shards", seed=1)
+    return lambda **model: tiny_config(tmp_path, model=RELATIVES | model)
+
+
+def chosen_by(config):
+    model: Any = build_model(config, vocab_size=256)
+    return model, *choose_kernels(config, ALONE, LocalMesh(CPU), model)
+
+
+def test_each_part_is_measured_where_there_is_a_choice_and_told_what_was_fastest(config_of, monkeypatch):
+    """A GPU's choice is played here: the Triton backends serve, and take half of the time for tables alone."""
+    found = []
+
+    def seconds(self: PartWork, backend: str, *, device: torch.device) -> float:
+        found.append(f"{self.name.split()[0]} {backend}")
+        return 0.5 if ("table" in self.name) == (backend == "triton") else 1.0
+
+    monkeypatch.setattr(PartWork, "seconds", seconds)
+    for op in ("product_key_topk", "shift_mix", "tables.routes"):
+        monkeypatch.setattr(importlib.import_module(f"kernels.{op}"), "why_not_triton", lambda device_type: None)
+    model, chosen, notes = chosen_by(config_of())
+    # equal choices and tables are measured once; the two layers shift by 1 and by 2
+    assert sorted(found) == sorted(
+        f"{part} {backend}" for part in ("2", "shift", "shift", "table") for backend in ("torch", "triton")
+    )
+    chosen.apply(model)
+    for layer in model.layers:
+        assert (layer.mixer.backend, layer.feedforward.router.backend) == ("torch", "torch")
+        assert layer.feedforward.experts.backend == "triton"
+    (told,) = (note for note in notes if "experts" in note)
+    assert told.startswith("layers.0-1.feedforward.experts: computed by triton; ms forward and backward: ")
+    assert "triton 500.00" in told
+
+
+@pytest.mark.parametrize("asked", ["auto", "torch"])
+def test_a_backend_that_is_named_or_alone_is_not_measured(config_of, monkeypatch, asked: str):
+    monkeypatch.delattr(PartWork, "work")
+    _, chosen, notes = chosen_by(config_of(kernel_backend=asked))
+    assert set(chosen.of_module.values()) == {"torch"}
+    assert chosen.kept is None
+    assert notes == []
+
+
+def test_a_backend_that_cannot_serve_is_refused_with_those_that_can(config_of):
+    with pytest.raises(
+        ValueError, match=r"can serve layers\.0\.feedforward\.experts .*on this device, torch, but it is triton"
+    ):
+        chosen_by(config_of(kernel_backend="triton"))
+
+
+def test_a_rank_is_measured_with_its_rows_and_columns_of_a_table(config_of):
+    """64 rows of 8: of four ranks, two share the columns, and each pair has half of the rows."""
+    config, layout = config_of(), Layout(ep_size=4, node_size=4)
+    paths = list(table_works(config, ALONE, {}, processes=1))
+    modes: list[tuple[Mode, int, int, int]] = [("tokens", 1, 16, 8), ("tokens", 2, 32, 4), ("weights", 1, 64, 8)]
+    for mode, columns, rows, width in modes:
+        exchange = BankExchange(mode, columns, tokens_bytes=0.0, weights_bytes=0.0)
+        works = table_works(config, layout, dict.fromkeys(paths, exchange), processes=4)
+        _, _, up, down, _ = works[paths[0]].work("torch", device=CPU)()
+        assert up.shape == down.shape == (rows, width)
