@@ -3,7 +3,7 @@
 Owns: the processes, the measure and the bar (memory(2 S) / memory(S) <= 2.1 for attention in chunks, with and without top-k). Dense
 softmax, which keeps its S x S matrices, and torch's fused attention stand beside them for comparison and have no bar.
 With --gib it also looks for the longest S at which dense softmax stays within so much memory, and then shows that top-k attention at 8
-times that length does (the second bar): minutes for --gib 0.5, an hour for --gib 8.
+times that length does (the second bar): minutes for --gib 0.5, 17 for --gib 8.
 Called by: anyone, from the root of the clone: `python -m benchmarks.model.bench_top_k_memory`; it exits with 1 if a bar is missed. Linux.
 """
 
