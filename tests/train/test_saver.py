@@ -206,7 +206,9 @@ def test_an_interrupt_does_not_take_a_live_write_for_an_ended_one(tmp_path: Path
     write.thread = threading.Thread(target=write.run, args=(lambda: free.wait(20),), daemon=True)
     write.thread.start()
     interrupt = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell began this in the background
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where a shell began this in the background
     interrupt.start()
     with pytest.raises(KeyboardInterrupt):
         write.wait(20)
