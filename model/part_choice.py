@@ -116,8 +116,9 @@ def table_work(bank: BankShape, sizes: Sizes, *, num_rows: int, columns: int) ->
 def _choice_work(layer: PEER | PKM, sizes: Sizes) -> PartWork:
     router, top_k = layer.router, layer.config.top_k
     assert top_k is not None
-    _, _, num_keys, half = router.keys.shape
-    name = f"{router.num_heads} x {top_k} of {num_keys}^2 by queries of 2 x {half}: {sizes.tokens} tokens"
+    key_sets, _, num_keys, half = router.keys.shape
+    keys_of = f"{key_sets} set{'s' * (key_sets > 1)} of {num_keys} sub-keys of 2 x {half}"
+    name = f"{router.num_heads} x {top_k} of {num_keys}^2 by {keys_of}: {sizes.tokens} tokens"
 
     def build(device: torch.device) -> tuple[list[Tensor], Compute]:
         normal, _ = _normal(device)
@@ -136,12 +137,14 @@ def _attention_work(attend: Attend, sizes: Sizes) -> PartWork:
     extras = positions or config.attention_dropout > 0
     best = "all" if config.attend_top_k is None else f"the best {config.attend_top_k}"
     of_keys = f"{best} of {num_keys} keys{' by distance too' * positions}{', dropout' * (config.attention_dropout > 0)}"
-    name = f"attention of {sizes.rows} x {heads} x {length} queries of {width} to {of_keys}, {sizes.dtype}"
+    chunk = config.attend_chunk or DEFAULT_CHUNK
+    queries = f"{sizes.rows} x {heads} x {length} queries of {width}, {chunk} at once,"
+    name = f"attention of {queries} to {of_keys}, {sizes.dtype}"
 
     def build(device: torch.device) -> tuple[list[Tensor], Compute]:
         normal, _ = _normal(device)
         q, k, v = (normal(sizes.rows, heads, size, width).to(sizes.dtype) for size in (length, num_keys, num_keys))
-        options = {"top_k": config.attend_top_k, "scale": width**-0.5, "chunk": config.attend_chunk or DEFAULT_CHUNK}
+        options = {"top_k": config.attend_top_k, "scale": width**-0.5, "chunk": chunk}
         attention = partial(top_k_attention.top_k_attention, q, k, v, **options)
         return _leaves(q, k, v), lambda backend: attention(backend=backend)
 
@@ -154,7 +157,9 @@ def _attention_work(attend: Attend, sizes: Sizes) -> PartWork:
 def _shift_work(layer: HSM, factors: tuple[Tensor, Tensor], sizes: Sizes, *, d_model: int) -> PartWork:
     num_factors, shifts = len(factors[0]), layer.shifts
     shape = f"{sizes.rows} x {sizes.length} positions of {d_model}, {sizes.dtype}"
-    name = f"shift mixing by {', '.join(map(str, shifts))} with {num_factors} factors: {shape}"
+    name = (
+        f"shift mixing by {', '.join(map(str, shifts))} with {num_factors} factors, before it {layer.boundary}: {shape}"
+    )
 
     def build(device: torch.device) -> tuple[list[Tensor], Compute]:
         normal, _ = _normal(device)

@@ -70,7 +70,10 @@ class Backends:
         found = []
         for work, path in by_layers(self.measured):
             seconds = self.seconds[work]
-            times = ", ".join(f"{backend} {1e3 * value:.2f}" for backend, value in seconds.items())
+            fits = {
+                backend: f"{1e3 * value:.2f}" if value < math.inf else "no room" for backend, value in seconds.items()
+            }
+            times = ", ".join(f"{backend} {text}" for backend, text in fits.items())
             why = f"ms forward and backward: {times}" if len(seconds) > 1 else "the only candidate"
             found.append(f"{path}: computed by {_fastest(seconds)}; {why}")
         return found
@@ -162,8 +165,8 @@ def named_backend(config: Config, path: str, work: Work, device: torch.device) -
         asked = config.model.expert_backend
         return None if asked == "auto" else _bank_backend(asked, work, device)
     asked, serving = config.model.kernel_backend, work.candidates(device.type)
-    if asked == "auto":
-        return serving[0] if len(serving) == 1 else None
+    if asked == "auto":  # on a GPU rank 0 looks for all: a rank that lacks Triton would go on alone
+        return serving[0] if device.type == "cpu" and len(serving) == 1 else None
     if asked not in serving:
         raise ValueError(
             f"model.kernel_backend must be one that can serve {path} ({work}) on this device, {' or '.join(serving)}, but it is {asked}: "
@@ -173,9 +176,14 @@ def named_backend(config: Config, path: str, work: Work, device: torch.device) -
 
 
 def unmeasured_backend(config: Config, path: str, work: Work, device: torch.device) -> str:
-    """The same where nothing is measured: auto is torch, or for a bank of widths that torch refuses the loop."""
-    auto = _bank_backend("auto", work, device) if isinstance(work, BankWork) else "torch"
-    return named_backend(config, path, work, device) or auto
+    """What a process that only reads a model takes, which may lack the GPU of the run: what is named if it can serve here, else torch,
+    or the loop for a bank of widths that torch refuses.
+    """
+    try:
+        named = named_backend(config, path, work, device)
+    except ValueError:
+        named = None
+    return named or (_bank_backend("auto", work, device) if isinstance(work, BankWork) else "torch")
 
 
 def _bank_backend(asked: str, work: BankWork, device: torch.device) -> str:
@@ -248,8 +256,19 @@ def _measure(work: Work, device: torch.device, kept: Kept | None) -> dict[str, f
     if set(kept.seconds.get(name, {})) != set(candidates):
         if device.type == "cpu" and len(candidates) == 1:
             return {candidates[0]: 0.0}  # nothing to choose, no tiles either
-        kept.seconds[name] = {backend: work.seconds(backend, device=device) for backend in candidates}
+        kept.seconds[name] = {backend: _seconds(work, backend, device) for backend in candidates}
     return kept.seconds[name]
+
+
+def _seconds(work: Work, backend: str, device: torch.device) -> float:
+    """Infinite where the work does not fit into the memory of the device. What it took is given back: the run's own tensors come."""
+    try:
+        return work.seconds(backend, device=device)
+    except torch.OutOfMemoryError:
+        return math.inf
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _described(work: Work, device: torch.device) -> str:

@@ -53,8 +53,7 @@ def shift_mix(
             f"u must be [B, S, D] with a D that the number of shifts divides, all of at least 1, got {list(u_BSD.shape)} and {shifts}: "
             "change one of them"
         )
-    if boundary not in BOUNDARIES:
-        raise ValueError(f"the boundary of shift_mix must be one of {', '.join(BOUNDARIES)}, got {boundary!r}")
+    _check_boundary(boundary, function="shift_mix")
     if document_ids_BS is not None and document_ids_BS.shape != u_BSD.shape[:2]:
         raise ValueError(
             f"document ids must be [B, S] of u, got {list(document_ids_BS.shape)} and u {list(u_BSD.shape)}: pass an id for each position"
@@ -86,11 +85,12 @@ def shift_mix_step(
         (B, W) in the dtype of u. "triton": one launch, without a gradient.
     """
     _check_factors(u_BW, a_X, b_X, backend=backend, function="shift_mix_step")
+    _check_boundary(boundary, function="shift_mix_step")
     batch, size, width = ring_BRW.shape
-    if u_BW.shape != (batch, width) or u_BW.dtype != ring_BRW.dtype or not ring_BRW.is_contiguous():
+    if u_BW.shape != (batch, width) or u_BW.dtype != ring_BRW.dtype or not ring_BRW.is_contiguous() or size == 0:
         raise ValueError(
-            f"u [B, W] and a contiguous ring [B, R, W] must agree in sizes and dtype, got {list(u_BW.shape)} of {u_BW.dtype} and "
-            f"{list(ring_BRW.shape)} of {ring_BRW.dtype}: use the ring of these rows"
+            f"u [B, W] and a contiguous ring [B, R, W] with a place or more must agree in sizes and dtype, got {list(u_BW.shape)} of "
+            f"{u_BW.dtype} and {list(ring_BRW.shape)} of {ring_BRW.dtype}: use the ring of these rows"
         )
     place = position % size
     source = place if position >= size else -1
@@ -115,6 +115,11 @@ def _begins(document_ids_BS: Tensor) -> Tensor:
     changes_BS = F.pad(document_ids_BS[:, 1:] != document_ids_BS[:, :-1], (1, 0), value=False)[:, :length]
     position_S = torch.arange(length, device=document_ids_BS.device, dtype=torch.int32)
     return (position_S * changes_BS).cummax(1).values if length else changes_BS.int()
+
+
+def _check_boundary(boundary: str, *, function: str) -> None:
+    if boundary not in BOUNDARIES:
+        raise ValueError(f"the boundary of {function} must be one of {', '.join(BOUNDARIES)}, got {boundary!r}")
 
 
 def _check_factors(u: Tensor, a_X: Tensor, b_X: Tensor, *, backend: str, function: str) -> None:

@@ -77,7 +77,7 @@ def top_k_attention(
     from kernels.grouped_matmul.tiles import precision
     from kernels.top_k_attention.op import forward_op
 
-    first_BS = None if first_BS is None else first_BS.int().contiguous()
+    first_BS = None if first_BS is None else first_BS.clamp(min=0).int().contiguous()
     contiguous = (each.contiguous() for each in (q_BHSC, k_BHMC, v_BHMD))
     return forward_op(*contiguous, first_BS, top_k, float(scale), precision())[0]
 
@@ -85,10 +85,10 @@ def top_k_attention(
 def candidates(
     device_type: str, *, top_k: int | None, num_keys: int, widths: tuple[int, ...], extras: bool = False
 ) -> tuple[str, ...]:
-    """The backends that can serve M keys and these widths of q, k and v. extras: with `relative` or `drop`."""
-    none = why_not_triton(device_type) or _why_not(
-        top_k=top_k or num_keys, num_keys=num_keys, widths=widths, extras=extras
-    )
+    """The backends that can serve M keys and, in decoding, more of them. widths: of q, k and v. extras: with `relative` or `drop`."""
+    most = top_k or num_keys
+    num_keys = max(num_keys, most + bool(top_k))  # with one key more than the row, not all are kept
+    none = why_not_triton(device_type) or _why_not(top_k=most, num_keys=num_keys, widths=widths, extras=extras)
     return ("torch",) if none else ("triton", "torch")
 
 

@@ -175,9 +175,17 @@ def test_what_does_not_fit_is_refused_with_both_values(changes: dict[str, Any], 
 
 
 def test_a_ring_of_other_rows_or_another_dtype_is_refused() -> None:
-    for ring in (torch.zeros(3, 4, 6), torch.zeros(2, 4, 5), torch.zeros(2, 4, 6).double()):
+    for ring in (torch.zeros(3, 4, 6), torch.zeros(2, 4, 5), torch.zeros(2, 0, 6), torch.zeros(2, 4, 6).double()):
         with pytest.raises(ValueError, match="use the ring of these rows"):
             shift_mix_step(torch.zeros(2, 6), ring, torch.ones(1), torch.ones(1), position=0, backend="torch")
+
+
+def test_a_step_with_another_boundary_is_refused() -> None:
+    ones = torch.ones(1)
+    with pytest.raises(ValueError, match="boundary of shift_mix_step must be one of zero, self, clamp, got 'zeros'"):
+        shift_mix_step(
+            torch.zeros(2, 6), torch.zeros(2, 4, 6), ones, ones, position=0, boundary="zeros", backend="torch"
+        )
 
 
 def test_the_kernel_refuses_float64(interpreted: Run) -> None:

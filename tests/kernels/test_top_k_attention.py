@@ -155,6 +155,13 @@ def test_any_shape_equals_the_loop(
     assert_same(interpreted(by_kernel, inputs, held), by_loop(inputs), tolerance=4e-6)
 
 
+def test_a_first_key_before_the_tensor_is_its_first(interpreted: Run) -> None:
+    inputs = make_inputs(Case((1, 2, 20, 20, 8, 3), 19, documents=((20,),)))
+    expected = by_loop(inputs)
+    inputs["first_BS"] = inputs["first_BS"] - 40
+    assert_same(interpreted(by_kernel, inputs), expected, tolerance=4e-6)
+
+
 def test_queries_that_see_nothing_give_exact_zeros_and_get_none(interpreted: Run) -> None:
     """Queries 2 to 4 and 30 to 39 see nothing: the lowest key is beyond their own."""
     inputs = make_inputs(Case((1, 2, 40, 40, 8, 5), 3))

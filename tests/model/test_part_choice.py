@@ -1,17 +1,21 @@
 """The parts of a network that have backends beside its banks: which they are, and the work by which they are compared."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from kernels import top_k_attention
 from model.config import ModelConfig
+from model.context import BatchContext
+from model.parameters import materialize
 from model.part_choice import MAX_TABLE_ROWS, Sizes, part_works, table_work
 from model.transformer import Transformer
 
 CPU = torch.device("cpu")
 SIZES = Sizes(rows=2, length=12, dtype=torch.float32)
-MODEL = {
+MODEL: dict[str, Any] = {
     "vocab_size": 16,
     "d_model": 24,
     "num_layers": 4,
@@ -83,3 +87,36 @@ def test_what_torch_computes_by_itself_is_no_part():
     assert not [path for path in works if path.startswith(("layers.1.", "layers.3."))]
     gates = part_works(model_of(hsm={"variant": "single_gate"}), SIZES)
     assert "layers.0.mixer" not in gates
+
+
+@pytest.mark.parametrize("path", ["layers.0.mixer", "layers.1.mixer.attend", "layers.0.feedforward.router",
+                                  "layers.0.feedforward.experts", "layers.1.feedforward.router", "layers.1.feedforward.table"])  # fmt: skip
+def test_every_part_computes_with_the_backend_that_it_was_given(path: str):
+    model = model_of()
+    materialize(model, seed=1)
+    model.get_submodule(path).backend = "another"  # type: ignore[assignment]
+    tokens = torch.arange(12)[None] % 16
+    with pytest.raises(ValueError, match="must be one of triton, torch, reference, got 'another'"):
+        model(tokens, BatchContext(torch.zeros(1, dtype=torch.int64), None, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "serving"),
+    [
+        ({}, ("triton", "torch")),
+        ({"positions": "xl"}, ("torch",)),
+        ({"attention_dropout": 0.1}, ("torch",)),
+        ({"attend_top_k": 257}, ("torch",)),
+        ({"attend_top_k": 257, "attend_chunk": 4}, ("torch",)),
+        ({"head_dim": 256}, ("torch",)),
+    ],
+)
+def test_on_a_gpu_triton_is_a_candidate_for_the_attention_that_it_has(monkeypatch, changes: dict, serving: tuple):
+    monkeypatch.setattr(top_k_attention, "why_not_triton", lambda device_type: None)
+    works = part_works(model_of(attention=MODEL["attention"] | changes), SIZES)
+    assert works["layers.1.mixer.attend"].candidates("cuda") == serving
+
+
+def test_the_memory_of_a_layer_is_among_its_keys():
+    attention = MODEL["attention"] | {"positions": "xl", "memory_blocks": 2}
+    assert "best 3 of 36 keys" in str(part_works(model_of(attention=attention), SIZES)["layers.1.mixer.attend"])

@@ -9,6 +9,7 @@ import torch
 from model.part_choice import PartWork
 from parallel.volume import BankExchange, Mode
 from tests.train.tiny_job import tiny_config, write_shards
+from train import build
 from train.backends import table_works
 from train.build import build_model, choose_kernels
 from train.config import Layout
@@ -32,6 +33,12 @@ def config_of(tmp_path, torch_as_it_was):
     return lambda **model: tiny_config(tmp_path, model=RELATIVES | model)
 
 
+def serve(monkeypatch) -> None:
+    """The Triton backends are candidates."""
+    for op in ("product_key_topk", "shift_mix", "tables.routes"):
+        monkeypatch.setattr(importlib.import_module(f"kernels.{op}"), "why_not_triton", lambda device_type: None)
+
+
 def chosen_by(config):
     model: Any = build_model(config, vocab_size=256)
     return model, *choose_kernels(config, ALONE, LocalMesh(CPU), model)
@@ -46,8 +53,7 @@ def test_each_part_is_measured_where_there_is_a_choice_and_told_what_was_fastest
         return 0.5 if ("table" in self.name) == (backend == "triton") else 1.0
 
     monkeypatch.setattr(PartWork, "seconds", seconds)
-    for op in ("product_key_topk", "shift_mix", "tables.routes"):
-        monkeypatch.setattr(importlib.import_module(f"kernels.{op}"), "why_not_triton", lambda device_type: None)
+    serve(monkeypatch)
     model, chosen, notes = chosen_by(config_of())
     # equal choices and tables are measured once; the two layers shift by 1 and by 2
     assert sorted(found) == sorted(
@@ -88,3 +94,27 @@ def test_a_rank_is_measured_with_its_rows_and_columns_of_a_table(config_of):
         works = table_works(config, layout, dict.fromkeys(paths, exchange), processes=4)
         _, _, up, down, _ = works[paths[0]].work("torch", device=CPU)()
         assert up.shape == down.shape == (rows, width)
+
+
+def test_a_backend_that_does_not_fit_into_memory_is_not_taken(config_of, monkeypatch):
+    def seconds(self: PartWork, backend: str, *, device: torch.device) -> float:
+        if backend == "torch":
+            raise torch.OutOfMemoryError("no room")
+        return 1.0
+
+    serve(monkeypatch)
+    monkeypatch.setattr(PartWork, "seconds", seconds)
+    _, chosen, notes = chosen_by(config_of())
+    assert set(chosen.of_module.values()) == {"triton"}
+    assert all("torch no room" in note for note in notes)
+
+
+def test_who_only_reads_a_model_takes_what_serves_it(config_of, monkeypatch):
+    """A run on a GPU names triton; its model is read on a CPU. And where triton serves, it is taken."""
+    config = config_of(kernel_backend="triton")
+    values = {}
+    monkeypatch.setattr(build, "fill", lambda model, values, *, device: None)
+    for wanted in ("torch", "triton"):
+        model: Any = build.load_model(values, config, vocab_size=256, device=CPU)
+        assert {model.layers[0].mixer.backend, model.layers[1].feedforward.experts.backend} == {wanted}
+        serve(monkeypatch)
