@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # in a row: what failed three times does not mend itself
 QUIET_S = 1.0  # a wait at the run's end that is longer is said
+LAST_BREATH_S = 10.0  # of a thread whose write has ended; milliseconds as a rule
 
 
 @contextlib.contextmanager
@@ -95,8 +96,10 @@ class Write:
         return self.thread is not None and (self.left_s <= 0 if self.is_on else self.seconds > self.limit_s)
 
     def wait(self, seconds: float) -> None:
-        if self.thread is not None:
-            self.ended.wait(max(0.0, seconds))
+        if self.thread is not None and self.ended.wait(max(0.0, seconds)):
+            # It lets go of its tensors after it has said that it ended. A Python that ends meanwhile takes the process down with it
+            # ("terminate called without an active exception").
+            self.thread.join(LAST_BREATH_S)
 
 
 class Saver:
@@ -211,8 +214,10 @@ class Saver:
     ) -> None:
         """Waits for the write, without a word to other ranks: they may be elsewhere. After an error at most `patience_s` seconds."""
         write, self._write = self._write, None
-        if write is not None and write.is_on:
-            self._wait_at_end(write, error)
+        if write is not None:
+            write.wait(0.0)
+            if write.is_on:
+                self._wait_at_end(write, error)
         if write is None or not write.is_on:  # a thread that is given up still reads it
             self._copy.close()
 

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -198,6 +199,23 @@ def save_on_a_slow_disk(folder: Path) -> str:
         except RuntimeError as error:
             return str(error)
     return "the run went on"
+
+
+def test_who_has_waited_for_a_write_finds_nothing_left_of_it():
+    """What the thread still held when it said that it had ended is gone: the process may end."""
+    freed = threading.Event()
+
+    class Slow:
+        def __del__(self):
+            time.sleep(0.3)
+            freed.set()
+
+    write = Write(4, 60.0)
+    write.thread = threading.Thread(target=write.run, args=(partial(id, Slow()),), daemon=True)
+    write.thread.start()
+    write.wait(20)
+    assert not write.is_on
+    assert freed.is_set()
 
 
 def test_an_interrupt_does_not_take_a_live_write_for_an_ended_one(tmp_path: Path):
