@@ -1,4 +1,7 @@
-"""benchmarks/gpu_suite.sh: its tiny form on this CPU, three of its parts at once, the fourth in the drills, and how it goes on, ends and tells, with a false Python."""
+"""benchmarks/gpu_suite.sh: its tiny form on this CPU, and how it goes on, ends and tells, with a false Python.
+
+Three parts run at once; the fourth is for the drills.
+"""
 
 import os
 import subprocess
