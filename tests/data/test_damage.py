@@ -30,7 +30,7 @@ def make_config(folder: Path, **changes: object) -> DataConfig:
 
 def take(num: int, config: DataConfig, *, num_ranks: int = 1, position: int = 0) -> list[dict]:
     split = open_train(config)
-    layout = {"accumulation_steps": 1, "num_ranks": num_ranks, "position": position}
+    layout: dict[str, Any] = {"accumulation_steps": 1, "num_ranks": num_ranks, "position": position}
     return list(
         fast_rows(
             [

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import astuple
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,7 +190,7 @@ def test_a_shard_that_vanishes_while_training_is_named(folder):
 
 def test_too_few_tokens_and_impossible_positions_are_refused_before_the_first_batch(folder):
     index = open_index(folder)
-    layout = {"seed": SEED, "accumulation_steps": 1, "rank": 0, "num_ranks": 1}
+    layout: dict[str, Any] = {"seed": SEED, "accumulation_steps": 1, "rank": 0, "num_ranks": 1}
     with pytest.raises(
         ValueError, match=rf"needs at least .* = 4 x 200 \+ 1 = 801 tokens, but the shards hold {index.num_tokens}"
     ):

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import astuple, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def take(
     num: int, config: DataConfig, *, num_ranks: int = 1, accumulation_steps: int = 1, position: int = 0
 ) -> list[list[Batch]]:
     split = open_train(config)
-    layout = {"accumulation_steps": accumulation_steps, "num_ranks": num_ranks, "position": position}
+    layout: dict[str, Any] = {"accumulation_steps": accumulation_steps, "num_ranks": num_ranks, "position": position}
     return [
         list(islice(train_batches(config, split, seed=SEED, rank=rank, **layout), num)) for rank in range(num_ranks)
     ]
@@ -130,7 +131,7 @@ def test_one_open_split_serves_any_number_of_loaders(folders):
     config = make_config(folders)
     split = open_train(config)
     assert isinstance(split, TrainSplit)
-    layout = {"seed": SEED, "accumulation_steps": 1, "rank": 0, "num_ranks": 1, "position": 0}
+    layout: dict[str, Any] = {"seed": SEED, "accumulation_steps": 1, "rank": 0, "num_ranks": 1, "position": 0}
     one, other = (train_batches(config, split, **layout) for _ in range(2))
     assert all(torch.equal(next(one).tokens_BS, next(other).tokens_BS) for _ in range(20))
 
