@@ -55,7 +55,7 @@ def fastest(
 
 def rounding() -> str:
     """How a name says that fp32 products on a GPU round to TF32, by torch's own switch; nothing where they do not."""
-    return ", tf32" * torch.backends.cuda.matmul.allow_tf32
+    return ", tf32" if torch.backends.cuda.matmul.allow_tf32 else ""
 
 
 @cache

@@ -57,10 +57,10 @@ def recorded_calls() -> Iterator[list[Call]]:
         yield calls
 
 
-def _recording(operation: Callable[..., Tensor], calls: list[Call]) -> Callable[..., Tensor]:
+def _recording(operation: Callable[..., Any], calls: list[Call]) -> Callable[..., Any]:
     signature = inspect.signature(operation)
 
-    def recording(*args: Any, **kwargs: Any) -> Tensor:
+    def recording(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             given = signature.bind(*args, **kwargs)
             given.apply_defaults()
