@@ -17,6 +17,7 @@ from kernels.tables.adam import RowAdam
 
 # of the kernels' place numbers, 32 bits wide, the last block may lie beyond the copies: by at most 1,024, and some room
 MAX_COPIES = 2**31 - 4096
+LARGE_TABLE = 2**17  # rows: 256 MiB of float32 at width 512, beyond every cache; with more of them a pass takes as long
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
 
