@@ -172,6 +172,30 @@ def test_sums_of_sixteen_bits_are_those_of_float32(boundary: str, backend: str, 
     assert_same({"u": found["u"]}, {"u": wanted["u"]}, tolerance=2.0**-11)
 
 
+@every_boundary
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_factors_of_sixteen_bits_are_mixed_in_float32_and_rounded_once(
+    dtype: torch.dtype, backend: str, boundary: str
+) -> None:
+    """Each number, small or large, is within half of its last bit; 1e-5: what float32 leaves of sums that cancel."""
+    inputs = make_inputs(Case(2, 40, 6, 2, (9,), documents=((40,), (25, 15))), boundary, dtype)
+    inputs |= {name: inputs[name].to(dtype) for name in ("a", "b")}
+    found, wanted = by_backend(inputs, backend), loop(inputs)
+    for name in NAMES:
+        assert found[name].dtype == dtype
+        half_a_bit = torch.finfo(dtype).eps / 2
+        torch.testing.assert_close(found[name].double(), wanted[name], rtol=half_a_bit, atol=1e-5, msg=name)
+
+
+@every_boundary
+def test_a_step_with_factors_of_sixteen_bits_is_mixed_in_float32_and_rounded_once(boundary: str) -> None:
+    inputs = make_inputs(Case(2, 11, 12, 3, (4,)), boundary, torch.bfloat16)
+    inputs |= {name: inputs[name].bfloat16() for name in ("a", "b")}
+    found, _ = decoded(inputs, "torch", torch.bfloat16)
+    torch.testing.assert_close(found.double(), loop(inputs)["output"], rtol=2.0**-8, atol=1e-5)
+
+
 def decoded(inputs: Inputs, backend: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Position after position with a ring: the outputs, and the ring at the end. u is a slice of wider rows."""
     (shift,), boundary = inputs["rest"]["shifts"], inputs["rest"]["boundary"]
