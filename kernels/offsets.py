@@ -1,7 +1,7 @@
 """Finds products in a compiled kernel that count elements in 32 bits: addresses that go wrong in tensors of more than 2**31 elements.
 
 Owns: the rule, and as much of Triton's intermediate language (TTIR) as it needs. Does not own: compiling (kernels/tools.py), which
-products are right all the same (tests/kernels/test_offsets.py). Called by: kernels/tools.py; never by the program.
+products are right all the same (tests/kernels/test_compiled.py). Called by: kernels/tools.py; never by the program.
 
 The rule. Rows, copies and tokens are fewer than 2**31, elements are not. So in 32 bits a number that grows with the problem (a program's,
 an argument of the launch, what was loaded, and whatever is made of them) may be multiplied on its way to an address by a block alone, a
@@ -18,24 +18,11 @@ from math import inf
 MAX_BLOCK = 256
 VALUE = re.compile(r"%[\w$.-]+(?:#\d+)?")
 OPERATION = re.compile(r'( *)(?:(%[\w$.-]+)(?::(\d+))? = )?"?((?:tt|arith|scf|math|cf|ub)\.[\w.]+)(.*)')
+NARROW = re.compile(r" : (?:tensor<[\dx]+x)?i32\b")
 BLOCK = re.compile(r"( *)\^bb\d+\((.*)")
-SOURCES = (
-    "arith.cmpi",
-    "arith.cmpf",
-    "tt.get_program_id",
-    "tt.get_num_programs",
-    "tt.load",
-)  # not made of their operands
-SAME = (
-    "arith.extsi",
-    "arith.extui",
-    "arith.trunci",
-    "tt.splat",
-    "tt.broadcast",
-    "tt.expand_dims",
-    "tt.trans",
-    "tt.reshape",
-)
+SOURCES = ("arith.cmpi", "arith.cmpf", "tt.get_program_id", "tt.load")  # are not made of their operands
+SAME = ("arith.extsi", "arith.extui", "arith.trunci", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.trans")
+PRODUCTS = ("arith.muli", "arith.shli")
 LARGEST = ("arith.select", "arith.maxsi", "arith.minsi", "counter")
 
 
@@ -112,7 +99,7 @@ class _Kernel:
             return float(abs(int(number[1]))) if number else inf
         if made.operation == "tt.make_range":
             return float(made.line.split("end = ")[1].split(" ")[0])
-        if made.operation in ("arith.muli", "arith.shli"):
+        if made.operation in PRODUCTS:
             return _product(*self.factors(made))
         bounds = [self.bound(operand) for operand in made.operands]
         if made.operation in ("arith.addi", "arith.subi"):
@@ -126,12 +113,11 @@ def narrow_products(ttir: str) -> tuple[str, ...]:
     """Where a kernel breaks the rule: "kernels/...:line" of its source, sorted. ttir: its text, with locations."""
     kernel, found = _Kernel(ttir), set()
     for made in kernel.behind_offsets():
-        if made.operation in ("arith.muli", "arith.shli") and re.search(
-            r" (?:tensor<[\dx]+x)?i32\b", made.line.split(" :")[1]
-        ):
-            factors = kernel.factors(made)
-            if _product(*factors) >= 2**31 and not any(map(_is_block, factors)):
-                found.add(_place(made.line, ttir))
+        if made.operation not in PRODUCTS or not NARROW.search(made.line):
+            continue
+        factors = kernel.factors(made)
+        if _product(*factors) >= 2**31 and not any(map(_is_block, factors)):
+            found.add(_place(made.line, ttir))
     return tuple(sorted(found))
 
 
@@ -151,4 +137,6 @@ def _place(line: str, ttir: str) -> str:
         if found := re.search(r'"[^"]*/(kernels/[^"]+)":(\d+):\d+', text):
             return f"{found[1]}:{found[2]}"
         waiting += [places[each] for each in reversed(re.findall(r"#loc\d*", text)) if each in places]
-    return line.strip()
+    raise RuntimeError(
+        f"TTIR must say where in kernels/ each product comes from, got {line.strip()}: unset TRITON_DISABLE_LINE_INFO"
+    )

@@ -1,5 +1,6 @@
 """What the compiler makes of the kernels for GPUs that are not here, held against the table in kernels/README.md."""
 
+from linecache import getline
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,8 @@ NARROW = {  # products in 32 bits that are right, by the reason
         "return (t[:, None] * H + head) * K + k[None, :], inside[:, None] & (k < K)[None, :]",
     ),
 }
+
+RIGHT = {line for lines in NARROW.values() for line in lines}
 
 pytestmark = pytest.mark.timeout(400)  # the first test waits for all forms: 110 s of one core for two targets
 
@@ -92,25 +95,18 @@ def test_shared_memory_fits_on_the_device(report: Report) -> None:
 
 
 def _source(place: str) -> str:
-    """The line of source at "path:line". Of a file that is gone, which a cache may name, the line of those that had its name."""
+    """The line of source at "path:line". Where the path is gone, which a cache may name, that line of the files of its name."""
     path, line = place.rsplit(":", 1)
     paths = [ROOT / path] if (ROOT / path).exists() else ROOT.glob(f"kernels/*/{Path(path).name}")
-    lines = [
-        text[int(line) - 1].strip()
-        for text in (each.read_text().splitlines() for each in paths)
-        if len(text) >= int(line)
-    ]
-    return next(
-        (text for text in lines if any(text in right for right in NARROW.values())), f"{place}: {' or '.join(lines)}"
-    )
+    lines = [getline(str(each), int(line)).strip() for each in paths]
+    return next((each for each in lines if each in RIGHT), f"{place}: {' or '.join(lines)}")
 
 
 def test_no_address_is_made_of_a_count_of_elements_in_32_bits(report: Report) -> None:
     """On a GPU such an address is wrong in tensors of more than 2**31 elements. The rule is in kernels/offsets.py."""
     found = {_source(place) for place in report.narrow_products}
-    right = {line for lines in NARROW.values() for line in lines}
-    assert not found - right, "make one factor 64 bits wide, or say in NARROW why 32 are enough"
-    assert not right - found, "these are in no kernel any more, or are no longer found: strike them off NARROW"
+    assert not found - RIGHT, "make one factor 64 bits wide, or say in NARROW why 32 are enough"
+    assert not RIGHT - found, "these are in no kernel any more, or are no longer found: strike them off NARROW"
 
 
 def test_the_table_is_read_as_it_was_written() -> None:

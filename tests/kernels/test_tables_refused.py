@@ -58,10 +58,9 @@ def test_routes_that_do_not_fit_are_refused(change: dict[str, Tensor], words: st
 @pytest.mark.parametrize("name", ["num_rows", "num_outputs"])
 @pytest.mark.parametrize("size", [True, 7.0, -1, torch.tensor(7)], ids=str)
 def test_a_number_of_rows_that_is_no_whole_number_is_refused(name: str, size: Any):
-    none = torch.empty(0, dtype=torch.int64)
-    sizes: dict[str, Any] = {"num_rows": 7, "num_outputs": 7} | {name: size}
+    none, sizes = torch.empty(0, dtype=torch.int64), {"num_rows": 7, "num_outputs": 7, name: size}
     with pytest.raises(ValueError, match=rf"{name} of TableRoutes must be a whole number from 0, got .*{size}"):
-        TableRoutes.of(none, none, none, **sizes)
+        TableRoutes.of(none, none, none, num_rows=sizes["num_rows"], num_outputs=sizes["num_outputs"])
 
 
 def test_as_many_copies_as_their_order_has_no_numbers_for_are_refused():
