@@ -6,6 +6,7 @@ model/part_choice.py), which backend they get (train/backends.py). Called by tra
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,7 +55,7 @@ def _most_tokens(config: Config) -> int:
 def bank_works(
     config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int
 ) -> dict[str, BankWork]:
-    """What each bank but tables does in a training micro-step on one of the processes."""
+    """What each bank but tables does in a training micro-step on one of the processes, or with a part of it where that comes in parts."""
     tokens = min(_micro_rows(config) // processes * config.data.sequence_length, _most_tokens(config))
     mlp = config.model.sigma_moe
     works = {}
@@ -65,7 +66,7 @@ def bank_works(
         num_local = math.ceil(bank.shape.num_groups / layout.ep_size)
         works[bank.path] = BankWork(
             bank.shape,
-            tokens=tokens * bank.shape.token_factor,
+            tokens=math.ceil(tokens * bank.shape.token_factor / (config.parallel.chunks if mode == "tokens" else 1)),
             num_groups=num_local if mode == "tokens" else num_local * layout.ep_size,
             exchange=mode,
             dtype=getattr(torch, config.run.dtype),
@@ -86,9 +87,10 @@ def table_works(
         columns = exchanges[bank.path].columns if mode == "tokens" else 1
         ranges = layout.ep_size // columns if mode == "tokens" else 1
         num_local = math.ceil(bank.shape.num_groups / (layout.ep_size // columns))
+        sizes, parts = sizes_of(config, processes=processes), config.parallel.chunks if mode == "tokens" else 1
         works[bank.path] = table_work(
             bank.shape,
-            sizes_of(config, processes=processes),
+            replace(sizes, rows=1, length=math.ceil(sizes.tokens / parts)),
             num_rows=num_local if mode == "tokens" else num_local * layout.ep_size,
             ranges=ranges,
             columns=columns,

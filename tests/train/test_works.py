@@ -12,7 +12,7 @@ from tests.train.tiny_job import ALONE, tiny_config, write_shards
 from train.build import build_model, choose_exchanges
 from train.config import Config, Layout
 from train.run import run
-from train.works import MAX_TOKENS, sizes_of, works_of
+from train.works import MAX_TOKENS, bank_works, sizes_of, table_works, works_of
 
 CPU = torch.device("cpu")
 ATTENTION = {"num_heads": 2, "head_dim": 4}
@@ -122,6 +122,23 @@ def test_the_sizes_are_those_of_a_micro_step_of_a_rank_up_to_what_is_worth_measu
     assert sizes(4096, 16, 2) == (1, 2048, torch.bfloat16)
     assert sizes(512, 512, 2, "cuda") == (128, 512, torch.bfloat16)  # 65,536 of a GPU
     assert MAX_TOKENS == {"cpu": 2048, "cuda": 65536}
+
+
+@pytest.mark.parametrize(("exchange", "parts"), [("tokens", 3), ("weights", 1)])
+@pytest.mark.parametrize("model", ["switchhead, sigma-MoE", "top-k attention, PEER"])
+def test_what_comes_in_parts_is_measured_in_parts(tmp_path: Path, model: str, exchange: str, parts: int):
+    """The gates of a work are one for each choice: of 16 tokens, in three parts of at most 6."""
+
+    def num_gates(chunks: int) -> list[int]:
+        parallel = {"ep_size": 2, "zero_stage": 1, "exchange": exchange, "chunks": chunks, "table_columns": 1}
+        config = config_of(tmp_path, model, "float32", data={"global_batch_size": 8}, parallel=parallel)
+        layout = Layout(ep_size=2, node_size=2)
+        exchanges = choose_exchanges(config, layout, processes=2)
+        banks = bank_works(config, layout, exchanges, processes=2)
+        works = [*banks.values(), *table_works(config, layout, exchanges, processes=2).values()]
+        return [work.work("torch", device=CPU)()[-1].numel() for work in works]
+
+    assert [number * 6 for number in num_gates(1)] == [number * (16 if parts == 3 else 6) for number in num_gates(3)]
 
 
 def test_documents_are_in_the_sizes_where_they_are_masked(tmp_path: Path):
