@@ -19,6 +19,7 @@ MAX_BLOCK = 256
 VALUE = re.compile(r"%[\w$.-]+(?:#\d+)?")
 OPERATION = re.compile(r'( *)(?:(%[\w$.-]+)(?::(\d+))? = )?"?((?:tt|arith|scf|math|cf|ub)\.[\w.]+)(.*)')
 NARROW = re.compile(r" : (?:tensor<[\dx]+x)?i32\b")
+COMBINER = re.compile(r"(?ms)\(\{$.*?^ *\}\)")  # of a reduction or a scan: no address is made there
 BLOCK = re.compile(r"( *)\^bb\d+\((.*)")
 SOURCES = ("arith.cmpi", "arith.cmpf", "tt.get_program_id", "tt.load")  # are not made of their operands
 SAME = ("arith.extsi", "arith.extui", "arith.trunci", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.trans")
@@ -43,7 +44,7 @@ class _Kernel:
         self.offsets: list[str] = []
         self._bounds: dict[str, float] = {}
         regions: dict[int, list[str]] = {}  # by indentation: all that the last loop or branch there may carry
-        for line in ttir.splitlines():
+        for line in COMBINER.sub("", ttir).splitlines():
             if found := OPERATION.match(line):
                 indent, result, count, name, rest = found.groups()
                 results = [result] if count is None else [f"{result}#{number}" for number in range(int(count))]

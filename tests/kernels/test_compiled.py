@@ -35,7 +35,6 @@ NARROW = {  # products in 32 bits that are right, by the reason
     ),
     "a place in one matrix, or in a block of tokens": (
         "place = k[:, None] * STRIDE_K + columns[None, :] * STRIDE_N",
-        "place = f[:, None] * STRIDE_F + d[None, :] * STRIDE_D",
         "at = d[:, None] * STRIDE_D + c[None, :] * STRIDE_C",
         "at_b = block_c[:, None] * STRIDE_C + d[None, :] * STRIDE_D",
         "matrix = weights + tl.cast(head * E + e, tl.int64) * (D * C) + first * STRIDE_C",

@@ -99,6 +99,16 @@ RIGHT = {
         f"  {READ}",
         "}",
     ],
+    "of another value with that name, which a reduction combines": [
+        '%sum = "tt.reduce"(%rows) <{axis = 0 : i32}> ({',
+        "^bb0(%left: i32, %right: i32):",
+        "  %small = arith.addi %left, %right : i32",
+        "  tt.reduce.return %small : i32",
+        "}) : (tensor<32xi32>) -> i32",
+        "%small = arith.addi %one, %nine : i32",
+        "%at = arith.muli %small, %width : i32 loc(#loc1)",
+        READ,
+    ],
     "a number and no address": ["%value = arith.muli %row, %width : i32 loc(#loc1)", "tt.store %x, %value : !tt.ptr<i32>"],
     "behind a comparison": [
         "%half = arith.cmpi slt, %row, %n : i32",
