@@ -60,6 +60,10 @@ class ShardIndex:
         """Documents of one epoch."""
         return sum(shard.documents for shard in self.shards)
 
+    def place_of(self, name: str) -> str:
+        """Where the shard `name` lies, in the words of `damaged` and of messages."""
+        return str(self.folder / name) if self.cache is None else f"{self.cache.place} {name}"
+
 
 def open_index(folder: str | Path, *, tolerant: bool = False, cache: ShardCache | None = None) -> ShardIndex:
     """Opens a folder of shards. A plain webdataset of others gets its index first (any number of processes may come).

@@ -69,12 +69,14 @@ def train_batches(
     rank: int,
     num_ranks: int,
     position: int,
+    passed_over: Mapping[str, str] | None = None,
 ) -> TrainBatches:
     """Endless batches of rank `rank` of `num_ranks`, one per micro-step, from data position `position` on.
 
     `position` counts the rows that all ranks together consumed: a multiple of the micro-step's rows, which are the same
-    at every layout and every `config.num_workers`. Raises ValueError at once for a layout or position that cannot be,
-    RuntimeError while iterating for damaged shards beyond `config.max_skipped_shards`.
+    at every layout and every `config.num_workers`. passed_over: the damaged shards (path -> problem) that the run met before this
+    position; they count, unless none may be passed over any more. Raises ValueError at once for a layout or position that cannot be,
+    RuntimeError at once or while iterating for damaged shards beyond `config.max_skipped_shards`.
     """
     check_layout(config, accumulation_steps=accumulation_steps, num_ranks=num_ranks)
     micro_step_rows = config.global_batch_size // accumulation_steps
@@ -99,7 +101,10 @@ def train_batches(
         ahead=config.cache_gb * GB >= 2 * config.streams * sum(map(_largest_fetched, indexes)),
     )
     rows = in_processes(plan.share, num_workers=config.num_workers) if config.num_workers else plan.rows()
-    return TrainBatches(map(_to_batch, rows), damaged=split.damaged, limit=config.max_skipped_shards)
+    batches = TrainBatches(map(_to_batch, rows), damaged=split.damaged, limit=config.max_skipped_shards)
+    if plan.tolerant:
+        batches.add_damaged(passed_over or {})
+    return batches
 
 
 def training_lines(config: DataConfig, split: TrainSplit) -> tuple[Line, ...]:

@@ -20,7 +20,7 @@ from data.damage import NodeTrouble
 from data.index import ShardIndex, check_tokenizer
 from data.order import shard_order
 from data.recent import Recent
-from data.shards import ShardInfo, read_documents, read_sidecar
+from data.shards import read_documents, read_sidecar
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 CACHED_SHARDS = 256  # sidecars in memory (24 bytes per document); one stream is in one shard at a time
@@ -178,14 +178,7 @@ class LineReader:
     def _report(self, number: int, error: RuntimeError) -> None:
         if not self._tolerant:
             raise error
-        self.damaged.setdefault(self._name_of(self._index.shards[number]), str(error))
-
-    def _name_of(self, info: ShardInfo) -> str:
-        return (
-            str(self._index.folder / info.name)
-            if self._index.cache is None
-            else f"{self._index.cache.place} {info.name}"
-        )
+        self.damaged.setdefault(self._index.place_of(self._index.shards[number].name), str(error))
 
     def _lay_out(self, epoch: int) -> "_Epoch":
         shards = self._index.shards

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.sources import STDLIB, SourceFile, describe_source
+from data.tokenizer import TOKENIZER_FILE, load_tokenizer
 
 RECORD_FILE = "prepare.json"
 
@@ -48,6 +49,7 @@ def is_finished(out: Path, arguments: Arguments) -> bool:
             f"{out} holds shards made with other arguments ({'; '.join(differences)}): choose another --out, or remove "
             "the folder"
         )
+    _check_same_tokenizer(out, arguments)
     return True
 
 
@@ -64,6 +66,19 @@ def check_same_files(out: Path, files: Sequence[SourceFile]) -> None:
 def record_of(arguments: Arguments, files: Sequence[SourceFile]) -> dict[str, Any]:
     """What is kept with the shards, and compared when the same folder is asked for again."""
     return _record(arguments) | {"files": _files(files)}
+
+
+def _check_same_tokenizer(out: Path, arguments: Arguments) -> None:
+    """Raises ValueError if the file of --tokenizer changed: its path is in the record, what it says is beside the shards."""
+    path = Path(arguments.tokenizer)
+    if arguments.tokenizer in ("bytes", "bpe") or not path.exists():
+        return
+    there, now = (load_tokenizer(file).tokenizer_id for file in (out / "train" / TOKENIZER_FILE, path))
+    if there != now:
+        raise ValueError(
+            f"{out} holds shards of another tokenizer: the file of --tokenizer, {path}, changed since (they were made with {there} and it "
+            f"is {now}): restore the file, choose another --out, or remove the folder"
+        )
 
 
 def _record(arguments: Arguments) -> dict[str, Any]:

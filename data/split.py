@@ -9,7 +9,7 @@ train/.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -82,6 +82,20 @@ class TrainSplit:
     def damaged(self) -> Mapping[str, str]:
         """Path and problem of each shard that was let pass when it was opened."""
         return {path: problem for source in self.sources for path, problem in source.index.damaged.items()}
+
+    def names_of(self, damaged: Mapping[str, str]) -> list[list[str]]:
+        """Source, shard and problem of what `damaged` has by place (path -> problem): a checkpoint's words, for shards may move."""
+        places = [
+            (source, shard.name, source.index.place_of(shard.name))
+            for source in self.sources
+            for shard in source.index.shards
+        ]
+        return [[source.name, name, damaged[place]] for source, name, place in places if place in damaged]
+
+    def places_of(self, named: Sequence[Sequence[str]]) -> dict[str, str]:
+        """Place and problem of what `names_of` gave, where these shards are now."""
+        indexes = {source.name: source.index for source in self.sources}
+        return {indexes[source].place_of(name): problem for source, name, problem in named}
 
 
 def one_source(index: ShardIndex) -> TrainSplit:

@@ -36,7 +36,7 @@ _VARIABLES = {
     ),
 }
 # Set by torchrun and by deepspeed's launcher, and not by hand: one of them has started this very process.
-_LAUNCHED = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}
+LAUNCHED = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}
 _REMEDIES = {
     "srun": "srun, which sets",
     "openmpi": "Open MPI's mpirun, which sets",
@@ -54,7 +54,7 @@ def read_environment(environ: Mapping[str, str]) -> ProcessInfo:
         ValueError: names the variables that are missing, no numbers, or contradict each other.
     """
     explicit = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environ]
-    launched = _LAUNCHED & environ.keys()
+    launched = LAUNCHED & environ.keys()
     below = None if launched else _starter_below(environ)
     if "RANK" in explicit or launched or (explicit and below is None):
         # Explicit variables win: torchrun and deepspeed are themselves started by srun or mpirun, with other ranks.

@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         preemption = Preemption()
         preemption.listen()  # before what takes seconds to import: a signal may come in them
+        from launcher.parent import watch_launcher
+
+        watch_launcher(os.environ, preemption.ask)
         from launcher.environment import choose_device, read_environment
         from train.config import load_config
 

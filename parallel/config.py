@@ -47,6 +47,10 @@ class ParallelConfig(BaseModel):
     watchdog_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Field(
         default=300.0, description="seconds without progress after which a hang is named and the job ended"
     )
+    meeting_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | Literal["auto"] = Field(
+        default="auto",
+        description="seconds that a process waits at the start for the others to come; auto: 120, on several machines 600",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -130,6 +134,13 @@ def resolve_node_size(setting: int | Literal["auto"], *, processes: int, process
             f"parallel.node_size must divide the number of processes, but node_size is {setting} and there are {processes} "
             f"processes: use {_listed(_divisors(processes))} or auto"
         )
+    return setting
+
+
+def resolve_meeting_s(setting: float | Literal["auto"], info: ProcessInfo) -> float:
+    """Seconds within which all processes must have come. On several machines the imports from a shared disk may differ by minutes."""
+    if setting == "auto":
+        return 120.0 if info.local_world_size == info.world_size else 600.0
     return setting
 
 

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 
 from parallel.config import ProcessInfo, check_nodes
 from parallel.ledger import Ledger, Traffic, Where
+from parallel.meeting import meet
 from parallel.peers import Peers, peers_of
 from parallel.traffic import exchange_record
 
@@ -158,34 +159,46 @@ class Mesh:
 
 @contextlib.contextmanager
 def open_mesh(
-    info: ProcessInfo, *, ep_size: int, device: torch.device, node_size: int | None = None, timeout_s: float = 600.0
+    info: ProcessInfo,
+    *,
+    ep_size: int,
+    device: torch.device,
+    node_size: int | None = None,
+    timeout_s: float = 600.0,
+    meeting_s: float = 600.0,
 ) -> Iterator[Mesh]:
     """Joins the processes of the run and leaves them again.
 
     node_size: processes with fast links between them, consecutive ranks (None: all). A collective that waits longer than `timeout_s`
-    seconds for a rank fails with an error instead of waiting for ever (some groups in whole minutes, rounded up).
+    seconds for a rank fails with an error instead of waiting for ever (some groups in whole minutes, rounded up). meeting_s: seconds
+    that a rank waits for the others to come at all.
 
     Raises:
         ValueError: ep_size is above node_size and not a multiple of it, or the ranks were given different sizes.
+        RuntimeError: a rank did not come in time; names which.
     """
     node_size = node_size or info.world_size
     check_nodes(ep_size=ep_size, node_size=node_size)
+    parallel_state = _import_parallel_state()  # seconds: who dies in them is missed at the meeting
     owns_process_group = not dist.is_initialized()
     if owns_process_group:
         place = {"RANK": info.rank, "WORLD_SIZE": info.world_size, "LOCAL_RANK": info.local_rank}
         place |= {"MASTER_ADDR": info.master_addr, "MASTER_PORT": info.master_port}
         os.environ |= {name: str(value) for name, value in place.items()}  # torch and DeepSpeed read them there
+        # one process needs no port
+        store: Store = HashStore() if info.world_size == 1 else meet(info, within_s=meeting_s)
+        store.set_timeout(timedelta(seconds=timeout_s))
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             rank=info.rank,
             world_size=info.world_size,
             timeout=timedelta(seconds=timeout_s),
-            store=HashStore() if info.world_size == 1 else None,  # one process needs no port
+            store=store,
         )
     try:
         _check_same_sizes({"ep_size": ep_size, "node_size": node_size}, device)
         with (
-            _groups(ep_size, timeout_s=timeout_s) as parallel_state,
+            _groups(parallel_state, ep_size, timeout_s=timeout_s),
             _node_groups(info, ep_size=ep_size, node_size=node_size, timeout_s=timeout_s) as (node, rail),
         ):
             ledger = Ledger()
@@ -248,18 +261,22 @@ def _node_groups(
             dist.destroy_process_group(group)
 
 
-@contextlib.contextmanager
-def _groups(ep_size: int, *, timeout_s: float) -> Iterator[Any]:
+def _import_parallel_state() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron.core warns four times about optional CUDA packages when imported
         from megatron.core import parallel_state
+    return parallel_state
+
+
+@contextlib.contextmanager
+def _groups(parallel_state: Any, ep_size: int, *, timeout_s: float) -> Iterator[None]:
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=ep_size,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),  # megatron's own default is 30 minutes
     )
     try:
-        yield parallel_state
+        yield
     finally:
         # megatron only forgets its groups; left alive, each would keep its threads and connections
         for group in (parallel_state._global_process_group_list or [])[1:]:

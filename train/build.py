@@ -20,7 +20,7 @@ from model.filling import fill
 from model.memory import StreamMemory
 from model.parameters import materialize
 from model.transformer import Transformer
-from parallel.config import ProcessInfo
+from parallel.config import ProcessInfo, resolve_meeting_s
 from train.backends import Backends, by_layers, choose_backends, excluded, unmeasured_backend
 from train.config import Config, Layout
 from train.crash import CrashFile
@@ -189,10 +189,13 @@ def open_world(
     from parallel.zero import ZeroEngine
 
     watchdog_s = config.parallel.watchdog_s
-    # torch's own patience is the longer one: the watchdog names what torch would only call a timeout. 600 s for a slow start
-    place = {"ep_size": layout.ep_size, "node_size": layout.node_size, "timeout_s": max(600.0, 2 * watchdog_s)}
+    # torch's own patience is the longer one: the watchdog names what torch would only call a timeout
+    patience = {
+        "timeout_s": max(600.0, 2 * watchdog_s),
+        "meeting_s": resolve_meeting_s(config.parallel.meeting_s, info),
+    }
     with (
-        open_mesh(info, device=device, **place) as mesh,
+        open_mesh(info, ep_size=layout.ep_size, node_size=layout.node_size, device=device, **patience) as mesh,
         crash.watched(),
         watch(mesh, timeout_s=watchdog_s, folder=Path(config.run.dir) / "hang", on_hang=crash.hang),
         contextlib.ExitStack() as engines,

@@ -1,6 +1,6 @@
 """What a run has at hand from its first step to its last, and its batches. Made by train/run.py, handed to the parts of the loop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,8 +45,8 @@ class Job:
             watch=self.config.watch,
         )
 
-    def train_batches(self, position: int) -> TrainBatches:
-        """This rank's, from the data position on, without end."""
+    def train_batches(self, position: int, *, passed_over: Mapping[str, str] | None = None) -> TrainBatches:
+        """This rank's, from the data position on, without end. passed_over: the damaged shards that the run has met before it."""
         return train_batches(
             self.config.data,
             self.data.train,
@@ -55,6 +55,7 @@ class Job:
             rank=self.world.rank,
             num_ranks=self.world.world_size,
             position=position,
+            passed_over=passed_over,
         )
 
     def heldout_batches(self) -> Iterator[Batch]:

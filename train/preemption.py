@@ -1,8 +1,9 @@
 """A signal that asks the run to end early: heard here, agreed by all ranks at the end of a step, answered by a checkpoint.
 
-SIGTERM is what SLURM, torchrun and deepspeed send, SIGUSR1 what users ask for by hand. A rank that has heard one does nothing but remember
-it: the step's own all-reduce tells the others (train/step.py), all save after the same step (train/run.py), and the program ends with
-EXIT_CODE, by which a batch script knows that the same command goes on (slurm/train_1b.sh). A second signal changes nothing: the save is on.
+SIGTERM is what SLURM, torchrun and deepspeed send, SIGUSR1 what users ask for by hand; a launcher that has ended asks too
+(launcher/parent.py). A rank that has heard one does nothing but remember it: the step's own all-reduce tells the others (train/step.py),
+all save after the same step (train/run.py), and the program ends with EXIT_CODE, by which a batch script knows that the same command goes
+on (slurm/train_1b.sh). A second signal changes nothing: the save is on.
 """
 
 import signal
@@ -31,6 +32,10 @@ class Preemption:
         """
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+
+    def ask(self) -> None:
+        """Does what a signal does."""
+        self.is_asked = True
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.is_asked = True

@@ -37,6 +37,7 @@ def save(job: Job, at: Progress) -> None:
             "heldout_fingerprint": job.data.heldout.fingerprint,
             "heldout": summarize(one_source(job.data.heldout)),
             "watch": at.watch.saved(),
+            "damaged_shards": job.data.train.names_of(at.damaged),
             "layout": {"processes": job.world.world_size, "ep_size": job.layout.ep_size},
             **saved_placement(job),
         },
@@ -60,6 +61,8 @@ def restore(job: Job) -> Progress:
             job.reporter.say(sentence)
         return Progress(step=0, position=0)
     found = _restore_from(job, newest)
+    for place in sorted(found.damaged):
+        job.reporter.say(f"passed over before this start, and counted: {found.damaged[place]}")
     # a start that was killed, or stopped at the limit, has not saved how often it went back
     told = job.world.all_gather_object(on_rank_zero(job.world, lambda: count_rollbacks(job.folder)))[0]
     return replace(found, watch=replace(found.watch, rollbacks=max(told, found.watch.rollbacks)))
@@ -111,7 +114,8 @@ def _restore_from(job: Job, newest: Path) -> Progress:
     # `latest` has just compared the checksums
     saved = checkpoint.load(newest, fragments=job.engine.fragments(), mesh=job.world, verify=False)
     watch = on_every_rank(job.world, lambda: WatchState.of(saved.extra.get("watch"), where=newest))
-    found = Progress(saved.step, saved.position, watch)
+    damaged = job.data.train.places_of(saved.extra.get("damaged_shards", []))  # of an older checkpoint: none
+    found = Progress(saved.step, saved.position, watch, damaged=damaged)
     job.engine.restored(step=found.updates)
     on_every_rank(job.world, lambda: _restore_states(job, newest))
     job.reporter.say(f"resumed from {newest}: step {saved.step}, data position {saved.position}")

@@ -5,6 +5,7 @@ Owns that order and nothing else: each line hands over to the module that knows.
 
 import time
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -84,7 +85,7 @@ def run(config: Config, info: ProcessInfo, preemption: Preemption | None = None)
             memory = build_memory(config, world)
             job = Job(config, layout, data, world, engine, memory, reporter, saver, crash, preemption or Preemption())
             start = restore(job)
-            batches = job.train_batches(start.position)
+            batches = job.train_batches(start.position, passed_over=start.damaged)
             world.barrier()  # every rank has read the run folder, and nothing was refused, before rank 0 writes into it
             on_rank_zero(world, lambda: write_folder(config, shards=data.train.folder))
             on_rank_zero(world, lambda: (backends.write(folder), clear(folder, begins_anew=start.step == 0)))
@@ -114,7 +115,7 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
     placer = Placer(job)
     job.reporter.start(start.step)
     world, rows = job.world, config.data.global_batch_size
-    told: set[str] = set()  # damaged shards that the console has named
+    told = set(start.damaged)  # damaged shards that the console has named
     done, spent, ends = start, Spent(world), False
     while done.step < last and not ends:
         lr = learning_rate(done.step, config.optim, num_steps=last)
@@ -141,6 +142,7 @@ def train(job: Job, start: Progress, batches: TrainBatches) -> Ending:
         logs = evaluates or done.step % config.run.log_every_steps == 0
         if (logs or saves) and config.data.max_skipped_shards:
             share_damaged(job, batches, told)
+            done = replace(done, damaged=batches.damaged)
         if logs:
             speed = rows * spent.steps / spent.seconds
             record = measure(job, result, done, lr=lr, rows_per_second=speed, evaluates=evaluates)

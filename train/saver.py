@@ -1,4 +1,4 @@
-"""When a checkpoint is written: behind the steps, one at a time, and what a write that fails means for the run.
+"""When a checkpoint is written: behind the steps or before the next, one at a time, and what a write that fails means for the run.
 
 Owns the thread that writes, the waiting for it, the counting of failures and the sentences about them. Does not own how a checkpoint
 is written (train/checkpoint.py) nor when one is due (train/run.py, the caller). All methods but `close` are called by all ranks at
@@ -6,7 +6,8 @@ the same place of the run. docs/decisions/0005-saving-behind-the-steps.md has th
 
 The thread makes its collectives on a mesh of its own (`World.beside`), in one order on every rank because there is one write at a time;
 the training's collectives stay the main thread's. What came of a write becomes known to all ranks together, in the main thread: so
-all of them go on, or all stop, after the same step.
+all of them go on, or all stop, after the same step. With `checkpoint.asynchronous: false` the main thread does nothing but wait for
+the thread, so that the limit is the same.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from model.fragments import Fragment
@@ -47,9 +49,7 @@ def open_saver(
 ) -> Iterator["Saver"]:
     """Every rank enters it; leaving it waits for the write to end. See `Saver`."""
     with contextlib.ExitStack() as stack:
-        channel = world
-        if settings.asynchronous:
-            channel = stack.enter_context(world.beside(timeout_s=settings.timeout_s))
+        channel = stack.enter_context(world.beside(timeout_s=settings.timeout_s))
         saver = Saver(folder, world, channel, settings, patience_s=patience_s, say=say)
         stack.push(saver.close)
         yield saver
@@ -103,7 +103,7 @@ class Write:
 
 
 class Saver:
-    """The checkpoints of a run in `folder`. channel: a mesh for the thread alone; with asynchronous false no thread, no copy, `world`.
+    """The checkpoints of a run in `folder`. channel: a mesh for the thread alone.
 
     patience_s: how long the end of the run by an error waits for a write. say: prints a sentence, once for all ranks.
     """
@@ -145,9 +145,9 @@ class Saver:
             write.failure = str(error)
         else:
             self._start(write, state, fragments, tensors)
-        self._count("wait_seconds", time.monotonic() - began)
-        if write.thread is None:
+        if write.thread is None or not self._settings.asynchronous:
             self.settle()
+        self._count("wait_seconds", time.monotonic() - began)
 
     def look(self) -> None:
         """After a step: if a write has ended on all ranks, or is late, all learn what came of it. While there is one, an all-reduce of
@@ -251,13 +251,12 @@ class Saver:
                 keep=self._settings.keep,
             )
 
-        if self._settings.asynchronous:
-            # daemon: a disk that never answers must not keep the process
-            thread = threading.Thread(target=write.run, args=(work,), name="checkpoint", daemon=True)
-            thread.start()
-            write.thread = thread
-        else:
-            write.run(work)
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()  # the thread has a current stream of its own
+        # daemon: a disk that never answers must not keep the process
+        thread = threading.Thread(target=write.run, args=(work,), name="checkpoint", daemon=True)
+        thread.start()
+        write.thread = thread
 
     def _failed(self, step: int, failure: str) -> None:
         self._failure = f"the checkpoint of step {step} was not written: {failure}"

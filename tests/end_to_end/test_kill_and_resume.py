@@ -75,19 +75,24 @@ def wait_until_all_are_gone(launcher: "subprocess.Popen[bytes]", folder: Path) -
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("is_alone", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_deepspeed_and_torchrun_are_killed_and_the_same_run_goes_on(
-    config: ConfigFile, processes: Processes, warm: Warm, tmp_path: Path
+    config: ConfigFile, processes: Processes, warm: Warm, tmp_path: Path, is_alone: bool
 ):
-    whole, steps = tmp_path / "uninterrupted", 24
+    """is_alone: the deepspeed command alone gets the signal, as from a user's kill; else all that it started, as from a scheduler."""
+    whole, steps = tmp_path / "uninterrupted", 32  # many more than are made until a rank looks for its launcher
     arguments = config.arguments(f"run.steps={steps}")
     reference = start(warm, [*arguments, "--set", f"run.dir={whole}"], ranks=2, logs=tmp_path / "logs")
 
     launcher = processes.start(deepspeed(arguments))
     wait_for_step(processes, config.folder, 5)
-    os.killpg(
-        launcher.pid, signal.SIGTERM
-    )  # as a scheduler does; alone, the deepspeed command would leave its ranks running
+    (os.kill if is_alone else os.killpg)(launcher.pid, signal.SIGTERM)
     assert wait_until_all_are_gone(launcher, tmp_path) != 0
+    if is_alone:
+        assert "the launcher has ended: so does the run" in processes.log(0)
+        assert f"asked to end: the checkpoint of step {max(records(config.folder))} of {steps} is written" in " ".join(
+            processes.log(0).split()
+        )
 
     launcher = processes.start(torchrun(arguments))
     wait_for_step(processes, config.folder, max(records(config.folder)) + 3)
@@ -98,7 +103,7 @@ def test_deepspeed_and_torchrun_are_killed_and_the_same_run_goes_on(
 
     processes.running.clear()
     run_to_the_end(processes, arguments)
-    assert "resumed from" in processes.log(0)
+    assert "resumed from" in (tmp_path / "process_0.log").read_text()
     reference.finish()
     assert sorted(records(whole)) == list(range(1, steps + 1))
     assert_equal_runs(config.folder, whole)

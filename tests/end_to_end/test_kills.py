@@ -58,7 +58,7 @@ class Kill:
         )
         return cls(
             signal=name or draw.choice(list(SIGNALS)),
-            # the ranks wait 600 s for one that dies before they have met; its launcher ends them
+            # the ranks wait 120 s for one that dies before they have met; its launcher ends them
             of_all=where == "at any time" or draw.random() < 0.5,
             where=where,
             time_of=1 if where in AT_THE_START else draw.randint(1, 2 if where in POINTS else 6),

@@ -1,7 +1,10 @@
-"""Saves behind the steps on two real ranks: a death, a disk that hangs or is full in the middle of a write. Kills: test_kills.py."""
+"""Saves behind the steps (and one that a step waits for) on two real ranks: a death, a disk that hangs or is full in the middle of a write.
+Kills: test_kills.py."""
 
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.end_to_end.conftest import ConfigFile, Processes, free_port, records
 
@@ -44,8 +47,12 @@ def test_a_disk_that_is_full_on_one_rank_is_told_with_the_rank_and_the_run_goes_
     assert checkpoints(config) == ["latest", "step_000009", "step_000012"]
 
 
-def test_a_disk_that_hangs_ends_the_run_in_limited_time_with_a_sentence(config: ConfigFile, processes: Processes):
-    start(processes, config.arguments("checkpoint.timeout_s=4"), "hang", step=8)
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_disk_that_hangs_ends_the_run_in_limited_time_with_a_sentence(
+    config: ConfigFile, processes: Processes, asynchronous: str
+):
+    settings = config.arguments("checkpoint.timeout_s=4", f"checkpoint.asynchronous={asynchronous}")
+    start(processes, settings, "hang", step=8)
     assert [process.wait(60) for process in processes.running] == [1, 1]
     for rank in range(2):
         said = processes.log(rank)

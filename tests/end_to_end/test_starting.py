@@ -66,6 +66,19 @@ def test_deepspeed_torchrun_and_plain_python_give_the_same_losses(config: Config
     assert list((folders["plain"] / "tensorboard").iterdir())
 
 
+def test_a_rank_that_ends_before_all_have_met_is_named_by_the_other(config: ConfigFile, processes: Processes):
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(MAIN), *config.arguments("parallel.meeting_s=3")]
+    processes.start(command, RANK="0", LOCAL_RANK="0", **place)
+    processes.start([*command, "--set", "no.key=1"], RANK="1", LOCAL_RANK="1", **place)
+    assert [process.wait(60) for process in processes.running] == [1, 2]
+    lines = processes.log(0).splitlines()
+    assert len(lines) == 1, "one sentence, no traceback"
+    assert "all 2 ranks must meet at 127.0.0.1:" in lines[0]
+    assert "within 3 s (parallel.meeting_s), but rank 1 never came; there were rank 0 on " in lines[0]
+    assert not config.folder.exists()
+
+
 def test_parallel_is_really_blocked_in_that_test(config: ConfigFile):
     command = [sys.executable, "-c", BLOCK_PARALLEL, str(MAIN), *config.arguments("parallel.zero_stage=1")]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=100)

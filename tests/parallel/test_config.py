@@ -119,6 +119,7 @@ def test_every_exchange_is_offered(exchange: str) -> None:
         ({"table_columns": 0}, "table_columns"),
         ({"watchdog_s": 0}, "watchdog_s"),
         ({"watchdog_s": float("inf")}, "watchdog_s"),
+        ({"meeting_s": 0}, "meeting_s"),
         (
             {"exchange": "weights", "table_columns": 2},
             "exchange is weights and table_columns is 2: set table_columns to auto or exchange to tokens",

@@ -33,7 +33,7 @@ def error_of(*overrides: str, text: str | None = None, folder: Path | None = Non
         ("lr=3", ["lr (3)", "nearest valid key is optim.lr"]),
         ("prallel.ep_size=2", ["prallel (a section)", "nearest valid key is parallel"]),
         ("optim.learning_rate=3", ["optim.learning_rate (3)", "remove it; optim takes optimizer, lr, betas"]),
-        ("something=3", ["something (3)", "the config takes run, data, model, parallel, optim"]),
+        ("quux=3", ["quux (3)", "the config takes run, data, model, parallel, optim"]),
         # types are strict
         ("run.steps='\"400\"'", ["run.steps must be a whole number", "the text '\"400\"'"]),
         ('run.steps="400"', ["run.steps must be a whole number", "the text '400'", "write 400 without quotes"]),

@@ -133,18 +133,26 @@ def test_a_write_that_does_not_end_holds_up_an_error_only_so_long(
     assert latest(tmp_path) is None
 
 
-@pytest.mark.parametrize("then", ["save", "finish"])
+@pytest.mark.parametrize("then", ["save", "finish", "nothing"])
 def test_a_write_that_does_not_end_in_time_stops_all_ranks_with_a_sentence(tmp_path: Path, disk: Disk, then: str):
+    """nothing: the save waits for the write itself."""
     disk.free.clear()
 
     def work(held: Held) -> None:
         held.save(100)
+        assert then != "nothing", "the save has returned"
         held.save(200) if then == "save" else held.saver.finish()
 
-    for error in on_ranks(tmp_path, work, timeout_s=0.5)[1]:
+    for error in on_ranks(tmp_path, work, timeout_s=0.5, asynchronous=then != "nothing")[1]:
         assert isinstance(error, RuntimeError)
         assert "step 100 must be written in 0.5 s, but on rank 0 of 2 it is still not" in str(error)
         assert "raise checkpoint.timeout_s" in str(error)
+
+
+def test_a_run_of_one_process_that_waits_for_its_saves_gives_a_disk_up_too(tmp_path: Path, disk: Disk):
+    disk.free.clear()
+    (error,) = on_ranks(tmp_path, lambda held: held.save(100), ranks=1, timeout_s=0.5, asynchronous=False)[1]
+    assert "step 100 must be written in 0.5 s, but on rank 0 of 1 it is still not" in str(error)
 
 
 @pytest.mark.parametrize("then", ["look", "save", "finish"])

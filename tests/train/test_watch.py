@@ -170,6 +170,11 @@ def test_step_and_position_go_apart_where_the_run_goes_back():
     assert (on.step, on.position) == (5, 48)
 
 
+def test_going_back_does_not_undo_that_a_damaged_shard_was_passed_over():
+    done = Progress(7, 40, damaged={"a.tar": "a.tar is missing"})
+    assert done.back(Progress(4, 16), rows=4).damaged == {"a.tar": "a.tar is missing"}
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -1,0 +1,81 @@
+"""Whether what has started this process is still there; if not, the run is asked to end as by SIGTERM.
+
+`deepspeed` on one machine is two processes (0.19.8): the command, and below it deepspeed.launcher.launch, which starts the ranks. Only the
+second hands a signal on. The command dies of one without a word, and so does torchrun of kill -9: their ranks would train on, and hold the
+run folder, where nobody looks. So a rank looks at its parent, and under `deepspeed` at that one's. A process whose parent ends has
+another parent from that moment on: no number of a process that is used again can be mistaken. Called by launcher/main.py; knows of
+neither ranks nor training.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from launcher.environment import LAUNCHED
+
+LOOK_S = 0.25  # 0.1 ms each
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """parent: the process that has started this one. command: its own parent, where that is the `deepspeed` command."""
+
+    parent: int
+    command: int | None
+
+    @property
+    def is_gone(self) -> bool:
+        if os.getppid() != self.parent:
+            return True
+        with contextlib.suppress(psutil.Error):  # the parent has ended since the line above: the next look sees it
+            return self.command is not None and psutil.Process(self.parent).ppid() != self.command
+        return False
+
+
+def watch_launcher(environ: Mapping[str, str], on_end: Callable[[], None]) -> None:
+    """From now on a thread calls `on_end`, once, when the launcher of this process has ended. Without a launcher it does nothing: a
+    shell that has started a run may end.
+    """
+    launcher = launcher_of(environ)
+    if launcher is None:
+        return
+
+    def look() -> None:
+        while not launcher.is_gone:
+            time.sleep(LOOK_S)
+        on_end()
+        with contextlib.suppress(OSError):  # its output may have ended with it
+            print(
+                "the launcher has ended: so does the run, after this step and its checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    threading.Thread(target=look, name="launcher", daemon=True).start()
+
+
+def launcher_of(environ: Mapping[str, str]) -> Launcher | None:
+    """None where neither deepspeed nor torchrun has started this very process."""
+    if not LAUNCHED & environ.keys():
+        return None
+    parent = os.getppid()
+    try:
+        above = psutil.Process(parent).parent()
+        is_deepspeed = above is not None and _is_deepspeed(above.cmdline())
+    except psutil.Error:
+        above, is_deepspeed = None, False
+    return Launcher(parent, above.pid if above is not None and is_deepspeed else None)
+
+
+def _is_deepspeed(words: list[str]) -> bool:
+    """Of a command line: python /some/where/deepspeed ..., or python -m deepspeed.launcher.runner ..."""
+    return any(Path(word).name in ("deepspeed", "deepspeed.pt", "ds") for word in words[:2]) or (
+        "deepspeed.launcher.runner" in words[:3]
+    )
