@@ -1,10 +1,12 @@
-"""The calls of top_k_attention whose compiled code is watched: each dtype that computes differently, narrow and wide heads, and a mask
-of ranges.
+"""The calls of top_k_attention whose compiled code is watched: each dtype that computes differently, narrow and wide heads with few and
+with the most keys kept, whose search holds the most, and a mask of ranges.
 
 Owns: that choice. Does not own: compiling and measuring (kernels/tools.py). Called by: benchmarks/kernels/compile_table.py.
 
 The backward pass may spill: it holds two accumulators of a tile beside the scores and their gradient.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from kernels.tools import Form
 from kernels.top_k_attention.kernel import Chosen, backward, forward
 
-LENGTH, TOP_K = 4096, 64
+LENGTH = 4096
 OPTIONS = {"scale": 0.125, "precision": "ieee"}
 
 
@@ -24,8 +26,8 @@ def _first(ranges: bool) -> Tensor | None:
     return torch.zeros(2, LENGTH, dtype=torch.int32) if ranges else None
 
 
-def launch_forward(dtype: torch.dtype, width: int, *, ranges: bool = False) -> None:
-    forward(*_inputs(dtype, width), _first(ranges), top_k=TOP_K, **OPTIONS)
+def launch_forward(dtype: torch.dtype, width: int, *, ranges: bool = False, top_k: int = 64) -> None:
+    forward(*_inputs(dtype, width), _first(ranges), top_k=top_k, **OPTIONS)
 
 
 def launch_backward(dtype: torch.dtype, width: int, *, ranges: bool = False) -> None:
@@ -36,15 +38,13 @@ def launch_backward(dtype: torch.dtype, width: int, *, ranges: bool = False) -> 
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-SHAPES = {
-    "bf16, C 64": {"dtype": BF16, "width": 64},
-    "bf16, C 64, ranges": {"dtype": BF16, "width": 64, "ranges": True},
-    "bf16, C 128": {"dtype": BF16, "width": 128},
-    "fp16, C 76": {"dtype": FP16, "width": 76},
-    "fp32, C 64": {"dtype": FP32, "width": 64},
-}
-
 FORMS = [
-    *(Form(f"forward, {name}", lambda shape=shape: launch_forward(**shape)) for name, shape in SHAPES.items()),
-    *(Form(f"backward, {name}", lambda shape=shape: launch_backward(**shape), can_spill=True) for name, shape in SHAPES.items()),
-]  # fmt: skip
+    Form("forward, bf16, C 64, top 64", partial(launch_forward, BF16, 64)),
+    Form("forward, fp16, C 76, top 64", partial(launch_forward, FP16, 76)),
+    Form("forward, bf16, C 128, ranges, top 256", partial(launch_forward, BF16, 128, ranges=True, top_k=256)),
+    Form("forward, fp32, C 128, ranges, top 256", partial(launch_forward, FP32, 128, ranges=True, top_k=256)),
+    Form("backward, bf16, C 64", partial(launch_backward, BF16, 64), can_spill=True),
+    Form("backward, fp16, C 76", partial(launch_backward, FP16, 76), can_spill=True),
+    Form("backward, bf16, C 128, ranges", partial(launch_backward, BF16, 128, ranges=True), can_spill=True),
+    Form("backward, fp32, C 64", partial(launch_backward, FP32, 64), can_spill=True),
+]

@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.availability import interpreted
 from kernels.top_k_attention.search import threshold_kernel
 from kernels.top_k_attention.tiles import (
     RUNTIME,
@@ -289,15 +290,18 @@ def _blocks(q_BHSC: Tensor, value_width: int, tiles: Tiles) -> dict[str, int]:
     }
 
 
-def tiles_for(name: str, *, dtype: torch.dtype, width: int, top_k: int) -> list[Tiles]:
+def tiles_for(name: str, *, dtype: torch.dtype, width: int, top_k: int, warp_size: int) -> list[Tiles]:
     """What is tried in "thresholds", "forward", "queries" and "keys", what is likely best first; m and n are the same in all of them.
 
-    The thresholds begin with one stage: with two an MI300 spills 4 bytes, and 68 with heads of 128.
+    The places of the thresholds hold 2 top_k scores in all: two sweeps are enough then (search.py). They lie in the registers of 256
+    threads: of 512, eight warps of an MI300, two would hold the same scores, and it spilled 80 bytes for top_k 256 and heads of 128.
+    In float32 NVIDIA's compiler keeps more of a head at once without a second stage, and spills 184 to 1,600 bytes.
     """
     m, n = (16, 32) if dtype == torch.float32 else (64, 64)
     held = max(4, triton.next_power_of_2(triton.cdiv(2 * top_k, n)))
     if name == "thresholds":
-        return [Tiles(m, n, num_warps=8, num_stages=stages, held=held) for stages in (1, 2)]
+        stages = (2,) if dtype == torch.float32 else (1, 2)
+        return [Tiles(m, n, num_warps=256 // warp_size, num_stages=each, held=held) for each in stages]
     if dtype == torch.float32:
         return [Tiles(m, n, num_warps=4, num_stages=2)]
     return [
@@ -310,6 +314,10 @@ def _fastest(name: str, launch: Callable[[Tiles], object], q_BHSC: Tensor, other
     """other: v, or k for the thresholds. top_k: 0 where every key is kept."""
     (B, H, S, C), M, D = q_BHSC.shape, other.shape[2], other.shape[3]
     key = (f"top_k_attention {name}", rounded(B * H), rounded(S), rounded(M), C, D, top_k, q_BHSC.dtype)
-    return fastest(
-        tiles_for(name, dtype=q_BHSC.dtype, width=max(C, D), top_k=top_k), launch, key=key, device=q_BHSC.device
-    )
+    configs = tiles_for(name, dtype=q_BHSC.dtype, width=max(C, D), top_k=top_k, warp_size=_warp_size())
+    return fastest(configs, launch, key=key, device=q_BHSC.device)
+
+
+def _warp_size() -> int:
+    """Threads of a warp of the GPU for which a launch compiles: 32, or 64 of an MI300."""
+    return 32 if interpreted() else triton.runtime.driver.active.get_current_target().warp_size
