@@ -227,6 +227,30 @@ def test_nan_in_a_query_or_a_key_is_seen_in_the_output_and_nowhere_else(interpre
         assert output.isnan().any(-1).nonzero()[:, -1].tolist() == reached
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_a_score_of_minus_infinity_has_no_weight_and_a_query_with_no_other_gives_zeros(
+    backend: str, interpreted: Run
+) -> None:
+    """All products of query 7 overflow, and those of query 8 with even keys. In float64 they do not."""
+    inputs = make_inputs(Case((1, 2, 20, 30, 8, 5), 12))
+    inputs["k"] = inputs["k"].abs() + 1.0
+    inputs["k"][..., 0] = torch.tensor([2.0, 0.0]).repeat(15)
+    inputs["q"][:, :, 7] = -3e38
+    inputs["q"][:, :, 8] = torch.tensor([-3e38, *[0.0] * 7])
+    inputs["gradient"][:, :, 8] = 0.0  # it would be multiplied by 3e38
+    blind = inputs["gradient"].clone()
+    blind[:, :, 7] = 0.0
+    wanted = by_loop(inputs | {"gradient": blind})
+    wanted["output"][:, :, 7] = 0.0
+    if backend == "triton":
+        found = interpreted(by_kernel, inputs)
+    else:
+        found = with_gradients(
+            inputs, lambda *args, **rest: top_k_attention(*args, scale=SCALE, backend=backend, **rest)
+        )
+    assert_same(found, wanted, tolerance=4e-6)
+
+
 def twice(inputs: dict[str, Any]) -> bool:
     """Also where the search ends after another number of sweeps."""
     first, second, other = (by_kernel(inputs, held) for held in (2, 2, 4))
