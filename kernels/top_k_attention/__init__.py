@@ -38,7 +38,7 @@ def top_k_attention(
 
     Args:
         q_BHSC, k_BHMC, v_BHMD: S <= M, as many heads in all. "triton": fp32, fp16 or bf16, widths up to 128, other strides are copied
-            first; "torch" and "reference": any dtypes.
+            first; "torch" and "reference": any floating-point dtypes.
         top_k: None or 0 keeps all keys, exact attention; so does a number above the keys that a query sees. "triton": up to 256, or M.
         scale: the scores' factor inside the softmax, > 0, so it leaves the selection alone. A learned one: multiply q by it.
         first_BS: int32 or int64, the lowest key that each query sees (its document's first, or of a part-filled cache); it does not
@@ -56,7 +56,8 @@ def top_k_attention(
         in float32, probabilities are rounded to the dtype of v before their product, as in flash attention; deterministic, bit for
         bit; fp32 products round to TF32 only where torch.backends.cuda.matmul.allow_tf32 is set at the call. Backward keeps q, k, v
         and: "torch", with top_k, 8 bytes per kept key; "triton", the output and 12 bytes per query and head, nothing per key.
-        A score that is NaN makes its query's output NaN.
+        A score of -inf, of a product that overflowed, has no weight: where all that a query sees are such, it gives zeros and gets no
+        gradient, as if it saw nothing. A kept score that is NaN or inf makes its query's output NaN.
 
     Raises:
         ValueError: sizes, dtypes or devices that do not fit together, or a backend that cannot serve. On a GPU nobody looks whether
@@ -143,8 +144,8 @@ def _check(
 ) -> None:
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 query, not {chunk}: 1024 is a good size on a GPU")
-    if top_k is not None and top_k < 0:
-        raise ValueError(f"top_k must be a number of kept keys >= 1, or None or 0 for all keys, not {top_k}")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0):
+        raise ValueError(f"top_k must be a whole number of kept keys >= 1, or None or 0 for all keys, not {top_k!r}")
     if not scale > 0:
         raise ValueError(f"scale must be above 0, not {scale}: the selection is made before it, so fold a sign into q")
     fits = q.ndim == k.ndim == v.ndim == 4 and q.shape[2] <= k.shape[2] and 0 not in (q.shape[3], v.shape[-1])
@@ -152,6 +153,10 @@ def _check(
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be (B, H, S, C), (B, H, M, C) and (B, H, M, D) with "
             "S <= M; expand k and v to the heads of q before"
+        )
+    if not all(each.is_floating_point() for each in (q, k, v)):
+        raise ValueError(
+            f"q, k and v must have floating-point dtypes, got {q.dtype}, {k.dtype} and {v.dtype}: cast them"
         )
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}: move them")
