@@ -17,10 +17,11 @@ Run = Callable[..., Any]
 INPUTS = ("q", "k", "v")
 SMALL = Case((1, 2, 20, 24, 6, 5), 4)
 ALL = Case((1, 2, 20, 24, 6, 5), 24)
+SHARED = Case((2, 4, 20, 24, 6, 5), 4, sharing=2)
 
 
 def shape_of(case: Case) -> Shape:
-    return Shape(*case.sizes, itemsize=4, selects=case.top_k < case.sizes[3])
+    return Shape(*case.sizes, itemsize=4, selects=case.top_k < case.sizes[3], sharing=case.sharing)
 
 
 def count_bytes(inputs: dict[str, Any]) -> list[Any]:
@@ -32,7 +33,7 @@ def count_bytes(inputs: dict[str, Any]) -> list[Any]:
     return launches
 
 
-@pytest.mark.parametrize("case", [SMALL, ALL], ids=["selects", "all_keys"])
+@pytest.mark.parametrize("case", [SMALL, ALL, SHARED], ids=["selects", "all_keys", "shared"])
 def test_the_byte_model_is_what_the_kernels_touch_and_nothing_is_written_twice(case: Case, interpreted: Run) -> None:
     found = interpreted(count_bytes, make_inputs(case))
     wanted = [*traffic.forward(shape_of(case)).values(), *traffic.backward(shape_of(case)).values()]
@@ -86,14 +87,14 @@ def checked_by_torch(inputs: dict[str, Any], first: bool) -> str:
     from kernels.top_k_attention.op import forward_op
 
     leaves = [inputs[name].requires_grad_() for name in INPUTS]
-    first_BS = torch.zeros(1, 20, dtype=torch.int32) if first else None
+    first_BS = torch.zeros(2, 20, dtype=torch.int32) if first else None
     arguments = (*leaves, first_BS, inputs["top_k"], SCALE, "ieee")
     return str(torch.library.opcheck(forward_op, arguments, raise_exception=False))
 
 
-@pytest.mark.parametrize("case", [SMALL, ALL], ids=["selects", "all_keys"])
+@pytest.mark.parametrize("case", [SHARED, ALL], ids=["selects", "all_keys"])
 def test_torch_finds_nothing_wrong_with_the_operation(case: Case, interpreted: Run) -> None:
-    found = interpreted(checked_by_torch, make_inputs(case), case is SMALL)
+    found = interpreted(checked_by_torch, make_inputs(case), case is SHARED)
     assert found.count("'SUCCESS'") == 4, found
 
 
