@@ -49,7 +49,7 @@ CASES = {
     "S36_M50_tied_in_documents_one_kept": Case((1, 1, 50, 50, 3, 5), 1, documents=((30, 50),), values="tied"),
     "S24_M40_all_keys_equal": Case((1, 1, 24, 40, 4, 4), 9, values="equal"),
     "S20_M100_one_place_has_the_best": Case((1, 1, 20, 100, 8, 4), 6, values="one place"),
-    "S33_M40_three_heads_share": Case((2, 6, 33, 40, 6, 4), 7, sharing=3),
+    "S33_M40_each_two_of_four_heads_share": Case((1, 4, 33, 40, 6, 4), 7, sharing=2),
     "S40_documents_all_heads_share_tied": Case((2, 2, 40, 40, 4, 3), 5, ((3, 20, 40), (33, 34, 40)), "tied", sharing=2),
     "S0_M5_no_queries": Case((1, 2, 0, 5, 8, 4), 3),
     "B0_no_rows": Case((0, 2, 6, 6, 8, 4), 3),
