@@ -150,18 +150,21 @@ def _choice_work(layer: PEER | PKM, sizes: Sizes) -> PartWork:
 
 def _attention_work(attend: Attend, sizes: Sizes) -> PartWork:
     config, length = attend.config, sizes.length
-    heads, width, num_keys = config.num_heads, config.head_dim, length * (1 + config.memory_blocks)
+    heads, kv_heads, width = config.num_heads, config.kv_heads(), config.head_dim
+    num_keys = length * (1 + config.memory_blocks)
     positions = attend.relative is not None
     extras = positions or config.attention_dropout > 0
     best = "all" if config.attend_top_k is None else f"the best {config.attend_top_k}"
-    of_keys = f"{best} of {num_keys} keys{' by distance too' * positions}{', dropout' * (config.attention_dropout > 0)}"
+    keys = f"{num_keys} keys{f' of {kv_heads} heads' * (kv_heads < heads)}"
+    of_keys = f"{best} of {keys}{' by distance too' * positions}{', dropout' * (config.attention_dropout > 0)}"
     chunk = config.attend_chunk or DEFAULT_CHUNK
     queries = f"{sizes.rows} x {heads} x {length} queries of {width}, {chunk} at once,"
     name = f"attention of {queries} to {of_keys}, {sizes.dtype}{', documents' * sizes.documents}"
 
     def build(device: torch.device) -> tuple[list[Tensor], Compute]:
         normal, _ = _normal(device)
-        q, k, v = (normal(sizes.rows, heads, size, width).to(sizes.dtype) for size in (length, num_keys, num_keys))
+        shapes = ((heads, length), (kv_heads, num_keys), (kv_heads, num_keys))
+        q, k, v = (normal(sizes.rows, *shape, width).to(sizes.dtype) for shape in shapes)
         options = {"top_k": config.attend_top_k, "scale": width**-0.5, "chunk": chunk, "first_BS": sizes.zeros(device)}
         attention = partial(top_k_attention.top_k_attention, q, k, v, **options)
         return _leaves(q, k, v), lambda backend: attention(backend=backend)

@@ -26,7 +26,7 @@ NARROW = {  # products in 32 bits that are right, by the reason
         "c = (program * steps + step) * B + b",
         "return group, start + place * BLOCK, end",
         "low = tl.load(first + row // num_heads * num_queries + m, mask=m < num_queries, other=num_keys)",
-        "end = tl.load(until + row // num_heads * num_keys + tl.minimum(n0 + BLOCK_N, num_keys) - 1)",
+        "end = tl.load(until + shared * SHARING // num_heads * num_keys + tl.minimum(n0 + BLOCK_N, num_keys) - 1)",
         "matrix = weights + tl.cast(head * E + e, tl.int64) * (D * C)",
     ),
     "a column, of which a row or a matrix has fewer than 2**31": (

@@ -25,7 +25,10 @@ MODELS: dict[str, dict[str, Any]] = {
         | {"experts": ["q", "k", "v", "o"], "routers": "separate", "positions": "xl", "memory_blocks": 1},
         "sigma_moe": {"num_experts": 5, "expert_dim": 4, "top_k": 2, "keep_hidden": True},
     },
-    "top-k attention, PEER": {"attention": ATTENTION | {"attend_top_k": 3, "attend_chunk": 4}, "peer": PEER},
+    "top-k attention, PEER": {
+        "attention": ATTENTION | {"num_kv_heads": 1, "attend_top_k": 3, "attend_chunk": 4},
+        "peer": PEER,
+    },
     "shift mixing, PKM": {
         "hsm": {"variant": "multihead", "num_heads": 2, "boundary": "self"},
         "pkm": {"num_keys": 5, "num_heads": 2, "top_k": 3, "key_dim": 4},
