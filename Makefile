@@ -1,7 +1,8 @@
 # Every verb sets up what it needs: a virtual environment in .venv with the versions of requirements.lock, once.
 #
 #   make train    train a small SwitchAll on two CPU processes; again: resume it   (ARGS="--set run.steps=800" changes the config)
-#   make test     the tests                                                        (ARGS="tests/train -k resume" chooses some)
+#   make test     the tests, on two workers                                        (ARGS="tests/train -k resume" chooses some;
+#                                                                                   WORKERS=0: none, for ARGS=--pdb)
 #   make check    format, lint, types, spelling, import rules
 #   make fuzz     the property tests with many new examples
 #   make drills   the long tests: kills, layouts, hangs (DRILLS_SEED=7 repeats those that began with it)
@@ -12,6 +13,7 @@
 PYTHON ?=
 PIP_ARGS ?=
 ARGS ?=
+WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/installed
@@ -35,7 +37,8 @@ train: $(STAMP)
 		launcher/main.py --config configs/tiny_cpu.yaml $(ARGS)
 
 test: $(STAMP)
-	$(CPU) $(BIN)/python -m pytest $(ARGS)
+	@# A file stays on one worker, in the order of the folders: then the long ones do not come last.
+	$(CPU) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

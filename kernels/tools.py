@@ -1,7 +1,8 @@
 """Compiles Triton kernels for GPUs that are not here, and measures what the compiler made of them.
 
 Owns: compiling exactly what a launch would compile, and registers, spills and shared memory of the result. Does not own:
-which launches are worth it (kernels/<op>/forms.py), the table (benchmarks/kernels/compile_table.py).
+which launches are worth it (kernels/<op>/forms.py), the rule for addresses (kernels/offsets.py), the table
+(benchmarks/kernels/compile_table.py).
 Called by: benchmarks/kernels/compile_table.py and tests/kernels; never by the program.
 """
 
@@ -10,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from kernels.offsets import narrow_products
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -44,12 +47,16 @@ class Form:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one kernel. registers: per thread. spilled: bytes per thread. shared: bytes per program."""
+    """What the compiler made of one kernel. registers: per thread. spilled: bytes per thread. shared: bytes per program.
+
+    narrow_products: where it may count elements in 32 bits (kernels/offsets.py).
+    """
 
     kernel: str
     registers: int
     spilled: int
     shared: int
+    narrow_products: tuple[str, ...] = ()
 
 
 def compile_form(form: Form, *, target: str) -> list[Compiled]:
@@ -57,7 +64,10 @@ def compile_form(form: Form, *, target: str) -> list[Compiled]:
     with launches_compiled(TARGETS[target]) as kernels:
         form.launch()
     measure = measure_cubin if TARGETS[target].backend == "cuda" else measure_amdgcn
-    return [measure(kernel) for kernel in {kernel.hash: kernel for kernel in kernels}.values()]
+    return [
+        replace(measure(kernel), narrow_products=narrow_products(kernel.asm["ttir"]))
+        for kernel in {kernel.hash: kernel for kernel in kernels}.values()
+    ]
 
 
 @contextmanager

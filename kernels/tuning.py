@@ -17,7 +17,9 @@ from kernels.availability import interpreted
 
 Config = TypeVar("Config", bound=Hashable)
 MAX_CONFIGS = 4  # each one is compiled and timed at its first use: about half a second
-_decided: dict[str, int] = {}  # by device, compilers, configurations, kernel and sizes: the number of the configuration
+_decided: dict[
+    str, int
+] = {}  # by device, compilers, rounding, configurations, kernel and sizes: the number of the configuration
 _measuring = False
 
 
@@ -29,7 +31,7 @@ def fastest(
     key: the kernel and its sizes, rounded by `rounded`: a new sequence length must not measure again. Launching twice must be harmless.
     Nothing is measured without a GPU, while a CUDA graph is recorded, and under torch.use_deterministic_algorithms outside `measuring`:
     a clock would decide in which order a kernel adds, in the middle of a run that is to be repeated. What was decided before holds,
-    for the same device, configurations, torch and triton: others measure again.
+    for the same device, configurations, torch, triton and `rounding`: others measure again.
     """
     if len(configs) > MAX_CONFIGS:
         raise ValueError(f"a kernel may have {MAX_CONFIGS} configurations, got {len(configs)}: leave some out")
@@ -37,7 +39,7 @@ def fastest(
         return configs[0]
     import triton
 
-    compilers = f"torch {torch.__version__}, triton {triton.__version__}"
+    compilers = f"torch {torch.__version__}, triton {triton.__version__}{rounding()}"
     name = f"{torch.cuda.get_device_name(device)}, {compilers}, tiles {_digest(tuple(configs))}: {key}"
     if name in _decided:
         return configs[_decided[name]]
@@ -49,6 +51,11 @@ def fastest(
     times = [cast(float, do_bench(lambda config=config: launch(config), warmup=5, rep=20)) for config in configs]
     _decided[name] = times.index(min(times))
     return configs[_decided[name]]
+
+
+def rounding() -> str:
+    """How a name says that fp32 products on a GPU round to TF32, by torch's own switch; nothing where they do not."""
+    return ", tf32" if torch.backends.cuda.matmul.allow_tf32 else ""
 
 
 @cache

@@ -82,11 +82,10 @@ class Attend(DeclaringModule):
 
         drops = self.training and self.config.attention_dropout > 0
         if drops or self.config.attend_top_k is not None or self.config.attend_chunk is not None:
-            sharing = q_BHSC.shape[1] // k_BGMC.shape[1]
             return top_k_attend(
                 q_BHSC,
-                k_BGMC.repeat_interleave(sharing, dim=1),
-                v_BGMC.repeat_interleave(sharing, dim=1),
+                k_BGMC,
+                v_BGMC,
                 mask=mask,
                 top_k=self.config.attend_top_k,
                 chunk=self.config.attend_chunk or DEFAULT_CHUNK,

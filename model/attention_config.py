@@ -83,6 +83,10 @@ class AttendSection(MixerSection):
             return 0
         return self.head_dim // 2 // 2 * 2 if self.rotary_dim is None else self.rotary_dim
 
+    def kv_heads(self) -> int:
+        """Heads of K and V."""
+        return self.num_heads
+
     def num_memory_blocks(self) -> int:
         return self.memory_blocks
 
@@ -119,7 +123,6 @@ class AttentionConfig(AttendSection):
         return self
 
     def kv_heads(self) -> int:
-        """Heads of K and V."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     def build(self, place: Place) -> "nn.Module":

@@ -72,14 +72,17 @@ def _num_keys(config: AttendSection, length: int) -> int:
 
 
 def _attend(config: AttendSection, *, d_model: int, length: int) -> Work:
-    """Scores of all pairs, the softmax over the kept ones and what they read; for xl the distances of all keys and their scores."""
+    """Scores of all pairs, the softmax over the kept ones and what they read; for xl the distances of all keys and their scores.
+
+    With top_k no score stays, but of each kept key its probability and which it is.
+    """
     H, C, keys = config.num_heads, config.head_dim, _num_keys(config, length)
-    read = keys if config.attend_top_k is None else config.attend_top_k
+    read, scores = (keys, keys) if config.attend_top_k is None else (config.attend_top_k, 0)
     macs = H * C * length * (keys + read)
-    floats = H * length * (keys + read) + H * C * length
+    floats = H * length * (scores + read if scores else 2 * read) + H * C * length
     if config.positions == "xl":
         macs += d_model * H * C * keys + H * C * length * keys
-        floats += H * C * keys + H * length * keys
+        floats += H * C * keys + H * length * scores
     return Work(macs, floats)
 
 

@@ -10,6 +10,9 @@ S (1 + C) distances (once for a row, though the rows of a micro-step share it) a
 of query and key, also those that the causal mask hides; a kernel that skips them saves half of the row's own pairs. Not counted:
 norms, softmax, activations, rotations, sums. Floats: the results of these products and of the softmax, once each; not the layer's
 output, and not the K copies of a routed row. A fused attention writes neither scores nor probabilities: this counting does not see it.
+Where only our own kernels compute, what they keep for the backward pass counts instead of what they drop at once: of sub-keys the picks (a
+score and two ids), of top-k attention the kept keys (a probability and an id; in Triton three numbers for a query), of shifting by factors
+nothing.
 
 The papers'. The formulas in the code of arXiv 2312.07987 and 2405.16039, for the kinds that these have. Against ours they leave out the
 work of keys, values and their experts on memory, the heads of the routers and the scores of the distances. They count 2 S (1 + C)

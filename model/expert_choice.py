@@ -19,21 +19,22 @@ from model.dispatch import Compute, LocalArriving, LocalExchange, Routing
 from model.experts import DENSE, gate_then_project, gated_mlp, project_then_gate
 from model.parameters import ExpertBank, zeros
 from model.section import BankShape
-from model.work import Work
+from model.work import Exchange, Work
 
 
 @dataclass(frozen=True)
 class BankWork(Work):
     """What the experts of a bank do on one rank in a micro-step.
 
-    bank: any but a table. tokens: of the rank, those of memory included. num_groups: held here. whole: all groups are, so that a
-    token's choices are known together. dtype: of the products; weights are float32. keep_hidden: see sigma-MoE's config.
+    bank: any but a table. tokens: of the rank, those of memory included. num_groups: computed with here, those of padding included.
+    exchange: see model/work.py. dtype: of the products, and of what travels; of the rest only the rows that attention gives have it.
+    keep_hidden: see sigma-MoE's config.
     """
 
     bank: BankShape
     tokens: int
     num_groups: int
-    whole: bool
+    exchange: Exchange | None
     dtype: torch.dtype
     keep_hidden: bool = False
 
@@ -43,12 +44,17 @@ class BankWork(Work):
         rows = self.bank.row_dim
         return (rows, self.bank.group_numel // (2 * rows)) if self._is_mlp else (rows, self.bank.output_dim)
 
+    @property
+    def whole(self) -> bool:
+        """All groups are here, so that a token's choices are known together."""
+        return self.exchange != "tokens"
+
     def __str__(self) -> str:
         """All that the time depends on."""
         bank = self.bank
         sizes = f"{self.num_groups} groups of {' x '.join(map(str, self.widths))}{' twice' if self._is_mlp else ''}"
         choices = f"{self.tokens} tokens, {bank.num_heads} x {bank.top_k} choices"
-        extras = ", whole" * self.whole + ", hidden kept" * (self.keep_hidden and self._is_mlp)
+        extras = f", {self.exchange or 'nothing'} sent" + ", hidden kept" * (self.keep_hidden and self._is_mlp)
         return f"{bank.label}: {sizes}, {choices}, {self.dtype}{extras}"
 
     @property
@@ -70,7 +76,9 @@ class BankWork(Work):
         normal = partial(torch.randn, generator=generator, device=device)
         bank, compute = self._experts(backend, normal)
         routing = self._routing(bank, normal)
-        rows = normal(routing.num_rows, self.bank.row_dim).to(self.dtype).requires_grad_()
+        narrow = self.exchange == "tokens" or self.bank.label == "output"
+        row_dtype = self.dtype if narrow else torch.float32
+        rows = normal(routing.num_rows, self.bank.row_dim).to(row_dtype).requires_grad_()
         arriving = LocalArriving(LocalExchange.of(routing, num_groups=self.num_groups), rows)
         gradient = normal(routing.num_outputs, self.bank.output_dim).to(self.dtype)
         assert routing.gates_NK is not None
@@ -86,9 +94,12 @@ class BankWork(Work):
     def _experts(self, backend: str, normal: Callable[..., Tensor]) -> tuple[ExpertBank, Compute]:
         x, y = self.widths
         shapes = {"up": (x, y), "down": (y, x)} if self._is_mlp else {"weight": (x, y)}
-        bank = ExpertBank(self.num_groups, {name: (shape, zeros) for name, shape in shapes.items()})
+        routed = self.bank.num_groups if self.whole else self.num_groups
+        bank = ExpertBank(routed, {name: (shape, zeros) for name, shape in shapes.items()})
+        dtype = self.dtype if self.exchange == "weights" else torch.float32
         for name, shape in shapes.items():
-            bank.register_parameter(name, torch.nn.Parameter(normal(self.num_groups, *shape) / x**0.5))
+            values = normal(self.num_groups, *shape) / x**0.5
+            bank.register_parameter(name, torch.nn.Parameter(values.to(dtype)))
         weights = bank.weights()
         if self._is_mlp:
             mlp = partial(gated_mlp, backend=backend, keep_hidden=self.keep_hidden)
@@ -100,7 +111,7 @@ class BankWork(Work):
     def _routing(self, bank: ExpertBank, normal: partial[Tensor]) -> Routing:
         """As many copies as a rank has on average; where all groups are here, the choices of a (token, head) are distinct."""
         heads, tokens, top_k = self.bank.num_heads, self.tokens, self.bank.top_k
-        of_head = self.num_groups // heads
+        of_head = bank.num_groups // heads
         if self.whole:
             chosen_THK = normal(tokens, heads, of_head).topk(top_k).indices
             chosen_THK += torch.arange(heads, device=chosen_THK.device)[:, None] * of_head

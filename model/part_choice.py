@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels import product_key_topk, shift_mix, top_k_attention
 from kernels.embedding_bag import embedding_bag
 from kernels.peer_experts import peer_experts, peer_products
-from kernels.tables.routes import TableRoutes, candidates
+from kernels.tables.routes import LARGE_TABLE, TableRoutes, candidates
 from model.attend import Attend
 from model.attention_config import DEFAULT_CHUNK
 from model.hsm.layer import HSM
@@ -24,24 +24,29 @@ from model.peer import PEER
 from model.pkm import PKM
 from model.section import BankShape
 from model.transformer import Transformer
-from model.work import Work
-
-MAX_TABLE_ROWS = 2**17  # of a measurement: 256 MiB at width 512, beyond every cache; more rows take as long
+from model.work import Exchange, Work
 
 Compute = Callable[[str], Tensor]  # by the name of a backend
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a rank works on in a micro-step. dtype: of the products; weights are float32."""
+    """What a rank works on in a micro-step. dtype: of the products; weights are float32. documents: nobody looks beyond his own; each
+    row of a measurement is one.
+    """
 
     rows: int
     length: int
     dtype: torch.dtype
+    documents: bool = False
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
+
+    def zeros(self, device: torch.device) -> Tensor | None:
+        """Of each position the id of its document, or where that begins; None where that does not matter."""
+        return torch.zeros(self.rows, self.length, dtype=torch.int64, device=device) if self.documents else None
 
 
 @dataclass(frozen=True)
@@ -84,20 +89,30 @@ def part_works(model: Transformer, sizes: Sizes) -> dict[str, PartWork]:
     return works
 
 
-def table_work(bank: BankShape, sizes: Sizes, *, num_rows: int, columns: int) -> PartWork:
-    """What is looked up in a table of which this rank holds `num_rows` rows and one of `columns` ranges of columns."""
-    num_rows, width = min(num_rows, MAX_TABLE_ROWS), bank.output_dim // columns
-    copies = bank.num_heads * bank.top_k
+def table_work(
+    bank: BankShape, sizes: Sizes, *, num_rows: int, ranges: int = 1, columns: int = 1, exchange: Exchange | None = None
+) -> PartWork:
+    """What is looked up in a table of which this rank computes with `num_rows` rows and one of `columns` ranges of columns.
+
+    ranges: of rows, over which the ranks share the table. A token goes to every range that it chose of, and there to all columns.
+    """
+    num_rows, width = min(num_rows, LARGE_TABLE), bank.output_dim // columns
+    choices = bank.num_heads * bank.top_k
+    arriving = round(sizes.tokens * columns * ranges * (1 - (1 - 1 / ranges) ** choices))  # choices fall where they may
+    num_copies = sizes.tokens * columns * choices
     kind = "values" if not bank.replies else "neurons" if columns == 1 else "products"
-    name = f"table of {num_rows} {kind} x {width}: {sizes.tokens} tokens, {copies} rows each, {sizes.dtype}"
+    reads = f"{arriving} rows read {num_copies}"
+    name = f"table of {num_rows} {kind} x {width}: {reads}, {sizes.dtype}, {exchange or 'nothing'} sent"
+    row_dtype = sizes.dtype if exchange == "tokens" else torch.float32
+    table_dtype = sizes.dtype if exchange == "weights" else torch.float32
 
     def build(device: torch.device) -> tuple[list[Tensor], Compute]:
         normal, generator = _normal(device)
-        rows_C = torch.arange(sizes.tokens, device=device).repeat_interleave(copies)
+        rows_C = torch.arange(num_copies, device=device) * arriving // num_copies
         entry_C = torch.randint(num_rows, rows_C.shape, generator=generator, device=device)
-        routes = TableRoutes.of(entry_C, rows_C, rows_C, num_rows=sizes.tokens, num_outputs=sizes.tokens)
-        rows, gates = normal(sizes.tokens, width).to(sizes.dtype), normal(len(rows_C)).sigmoid()
-        up, down = normal(num_rows, width), normal(num_rows, width)
+        routes = TableRoutes.of(entry_C, rows_C, rows_C, num_rows=arriving, num_outputs=arriving)
+        rows, gates = normal(arriving, width).to(row_dtype), normal(num_copies).sigmoid()
+        up, down = (normal(num_rows, width).to(table_dtype) for _ in range(2))
         if kind == "values":
             return _leaves(down, gates), lambda backend: embedding_bag(down, gates, routes=routes, backend=backend)
         if kind == "neurons":
@@ -117,12 +132,15 @@ def _choice_work(layer: PEER | PKM, sizes: Sizes) -> PartWork:
     router, top_k = layer.router, layer.config.top_k
     assert top_k is not None
     key_sets, _, num_keys, half = router.keys.shape
+    # a query that all heads have is kept once where each has its own sub-keys: see ProductKeys.choose
+    num_queries = 1 if router.query is None and key_sets > 1 else router.num_heads
     keys_of = f"{key_sets} set{'s' * (key_sets > 1)} of {num_keys} sub-keys of 2 x {half}"
-    name = f"{router.num_heads} x {top_k} of {num_keys}^2 by {keys_of}: {sizes.tokens} tokens"
+    of_query = " by one query" * (num_queries < router.num_heads)
+    name = f"{router.num_heads} x {top_k} of {num_keys}^2 by {keys_of}{of_query}: {sizes.tokens} tokens"
 
     def build(device: torch.device) -> tuple[list[Tensor], Compute]:
         normal, _ = _normal(device)
-        queries = normal(sizes.tokens, router.num_heads, 2, half)
+        queries = normal(sizes.tokens, num_queries, 2, half)
         keys = normal(*router.keys.shape)
         choose = partial(product_key_topk.product_key_topk, queries, keys, top_k=top_k)
         return _leaves(queries, keys), lambda backend: choose(backend=backend).scores_THK
@@ -132,19 +150,22 @@ def _choice_work(layer: PEER | PKM, sizes: Sizes) -> PartWork:
 
 def _attention_work(attend: Attend, sizes: Sizes) -> PartWork:
     config, length = attend.config, sizes.length
-    heads, width, num_keys = config.num_heads, config.head_dim, length * (1 + config.memory_blocks)
+    heads, kv_heads, width = config.num_heads, config.kv_heads(), config.head_dim
+    num_keys = length * (1 + config.memory_blocks)
     positions = attend.relative is not None
     extras = positions or config.attention_dropout > 0
     best = "all" if config.attend_top_k is None else f"the best {config.attend_top_k}"
-    of_keys = f"{best} of {num_keys} keys{' by distance too' * positions}{', dropout' * (config.attention_dropout > 0)}"
+    keys = f"{num_keys} keys{f' of {kv_heads} heads' * (kv_heads < heads)}"
+    of_keys = f"{best} of {keys}{' by distance too' * positions}{', dropout' * (config.attention_dropout > 0)}"
     chunk = config.attend_chunk or DEFAULT_CHUNK
     queries = f"{sizes.rows} x {heads} x {length} queries of {width}, {chunk} at once,"
-    name = f"attention of {queries} to {of_keys}, {sizes.dtype}"
+    name = f"attention of {queries} to {of_keys}, {sizes.dtype}{', documents' * sizes.documents}"
 
     def build(device: torch.device) -> tuple[list[Tensor], Compute]:
         normal, _ = _normal(device)
-        q, k, v = (normal(sizes.rows, heads, size, width).to(sizes.dtype) for size in (length, num_keys, num_keys))
-        options = {"top_k": config.attend_top_k, "scale": width**-0.5, "chunk": chunk}
+        shapes = ((heads, length), (kv_heads, num_keys), (kv_heads, num_keys))
+        q, k, v = (normal(sizes.rows, *shape, width).to(sizes.dtype) for shape in shapes)
+        options = {"top_k": config.attend_top_k, "scale": width**-0.5, "chunk": chunk, "first_BS": sizes.zeros(device)}
         attention = partial(top_k_attention.top_k_attention, q, k, v, **options)
         return _leaves(q, k, v), lambda backend: attention(backend=backend)
 
@@ -156,16 +177,17 @@ def _attention_work(attend: Attend, sizes: Sizes) -> PartWork:
 
 def _shift_work(layer: HSM, factors: tuple[Tensor, Tensor], sizes: Sizes, *, d_model: int) -> PartWork:
     num_factors, shifts = len(factors[0]), layer.shifts
-    shape = f"{sizes.rows} x {sizes.length} positions of {d_model}, {sizes.dtype}"
+    shape = f"{sizes.rows} x {sizes.length} positions of {d_model}{', documents' * sizes.documents}"
     name = (
         f"shift mixing by {', '.join(map(str, shifts))} with {num_factors} factors, before it {layer.boundary}: {shape}"
     )
 
     def build(device: torch.device) -> tuple[list[Tensor], Compute]:
         normal, _ = _normal(device)
-        u = normal(sizes.rows, sizes.length, d_model).to(sizes.dtype)
+        u = normal(sizes.rows, sizes.length, d_model)
         a, b = normal(num_factors), normal(num_factors)
-        mix = partial(shift_mix.shift_mix, u, a, b, shifts=shifts, boundary=layer.boundary)
+        options = {"shifts": shifts, "boundary": layer.boundary, "document_ids_BS": sizes.zeros(device)}
+        mix = partial(shift_mix.shift_mix, u, a, b, **options)
         return _leaves(u, a, b), lambda backend: mix(backend=backend)
 
     return PartWork(name, shift_mix.candidates, sizes.dtype, build)

@@ -31,10 +31,11 @@ def pkm_cost(config: PKMConfig, *, d_model: int, length: int) -> Cost:
 
 
 def _keys_cost(config: PEERConfig | PKMConfig, *, d_model: int, length: int, bias: bool) -> Cost:
-    """The query's projection and norm, and the scores of 2 J sub-keys per head."""
+    """The query's projection and norm, and the scores of 2 J sub-keys per head; of a pick stay its score and two sub-keys."""
     H, J, Q = config.num_heads, config.num_keys, config.key_dim or d_model
     width = Q if config.key_dim is None else H * Q
-    weights, macs, floats = (1 if config.shared_keys else H) * J * Q, H * J * Q, H * 2 * J
+    kept = 2 * J if config.top_k is None else 3 * config.top_k
+    weights, macs, floats = (1 if config.shared_keys else H) * J * Q, H * J * Q, H * kept
     if config.key_dim is not None:
         weights, macs, floats = weights + width * (d_model + bias), macs + width * d_model, floats + width
     weights += {"batch": 2 * width, "layer": 2 * Q, "none": 0}[config.query_norm]

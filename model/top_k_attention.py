@@ -6,7 +6,7 @@ softmax attention.
 
 Source: Gupta, Dar, Goodman, Ciprut, Berant, "Memory-efficient Transformers via Top-k Attention", arXiv 2106.06899.
 
-Shape letters: B rows, H heads, S queries, M keys, C head width, R queries of one chunk, K kept keys.
+Shape letters: B rows, H heads, G heads of k and v, S queries, M keys, C head width, R queries of one chunk, K kept keys.
 """
 
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ class AttentionDropout:
 
 def top_k_attend(
     q_BHSC: Tensor,
-    k_BHMC: Tensor,
-    v_BHMC: Tensor,
+    k_BGMC: Tensor,
+    v_BGMC: Tensor,
     *,
     mask: KeyMask,
     top_k: int | None,
@@ -55,12 +55,12 @@ def top_k_attend(
     Raises:
         ValueError: what that function refuses, or a mask of other sizes.
     """
-    if q_BHSC.shape[2] != mask.num_queries or k_BHMC.shape[2] != mask.num_keys:
+    if q_BHSC.shape[2] != mask.num_queries or k_BGMC.shape[2] != mask.num_keys:
         raise ValueError(
-            f"q {tuple(q_BHSC.shape)} and k {tuple(k_BHMC.shape)} must be (B, H, S, C) and (B, H, M, C) with the mask's S = "
+            f"q {tuple(q_BHSC.shape)} and k {tuple(k_BGMC.shape)} must be (B, H, S, C) and (B, G, M, C) with the mask's S = "
             f"{mask.num_queries} and M = {mask.num_keys}: make the mask from their lengths"
         )
     return top_k_attention(
-        q_BHSC, k_BHMC, v_BHMC, top_k=top_k, scale=scale, first_BS=mask.first_keys(), chunk=chunk, relative=relative,
+        q_BHSC, k_BGMC, v_BGMC, top_k=top_k, scale=scale, first_BS=mask.first_keys(), chunk=chunk, relative=relative,
         drop=drop, backend=backend,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from kernels.tuning import measuring
 
 PASSES, WARM_UP = 5, 2
+Exchange = Literal[
+    "tokens", "weights"
+]  # what comes from other ranks: rows to the experts here, or all weights; None: nothing does
 
 
 class Work(ABC):

@@ -2,21 +2,22 @@
 measurement before the first step.
 
 Owns: when it is measured, what is kept of it in the run folder, and what the log says. Does not own: the candidates and the work by which
-they are compared (model/expert_choice.py, model/part_choice.py), the tiles of kernels (kernels/tuning.py).
+they are compared (model/expert_choice.py, model/part_choice.py; of a run: works.py), the tiles of kernels (kernels/tuning.py).
 Called by train/run.py and train/build.py.
 
-Rank 0 measures and tells the others. On a CPU all candidates give the same bits. On a GPU they do not, so a run that is started again
-takes what kernels.json in its folder says, and measures only what is not there: other sizes, another GPU.
+Every rank says which candidates it has; rank 0 measures those that all have, and tells the others. On a CPU all candidates give the same
+bits. On a GPU they do not, so a run that is started again takes what kernels.json in its folder says, and measures only what is not there:
+other sizes, another GPU.
 """
 
 import json
 import math
 import operator
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,21 +25,14 @@ from kernels import tuning
 from kernels.grouped_matmul import choose_backend, why_not_torch
 from model.expert_choice import BankWork
 from model.experts import DENSE
-from model.part_choice import PartWork, Sizes, table_work
+from model.part_choice import PartWork
 from model.transformer import Transformer
 from model.work import Work
-from train.config import Config, Layout
+from train.config import Config
 from train.engine import World
 from train.run_folder import RunFolder, replace_file
-from train.together import on_rank_zero
+from train.together import on_every_rank, on_rank_zero
 
-if TYPE_CHECKING:
-    from parallel.volume import BankExchange
-
-MAX_TOKENS = {
-    "cpu": 2048,
-    "cuda": 65536,
-}  # of a measurement: a pass of 2,048 tokens through a 47M layer is 0.2 s on a CPU
 Works = Mapping[str, Work]  # by the path of a module
 
 
@@ -98,63 +92,6 @@ class Kept:
     tiles: dict[str, int]
 
 
-def sizes_of(config: Config, *, processes: int) -> Sizes:
-    """What one of the processes works on in a training micro-step, or as much of it as is worth measuring."""
-    rows, most = _micro_rows(config) // processes, _most_tokens(config)
-    length = min(config.data.sequence_length, most)
-    return Sizes(min(rows, most // length), length, getattr(torch, config.run.dtype))
-
-
-def _micro_rows(config: Config) -> int:
-    return config.data.global_batch_size // config.optim.accumulation_steps
-
-
-def _most_tokens(config: Config) -> int:
-    return MAX_TOKENS["cuda" if config.run.device == "cuda" else "cpu"]
-
-
-def bank_works(
-    config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int
-) -> dict[str, BankWork]:
-    """What each bank but tables does in a training micro-step on one of the processes.
-
-    exchanges: by path, empty without expert parallelism.
-    """
-    tokens = min(_micro_rows(config) // processes * config.data.sequence_length, _most_tokens(config))
-    mlp = config.model.sigma_moe
-    works = {}
-    for bank in config.model.banks():
-        if bank.shape.is_table:
-            continue
-        travels = layout.ep_size > 1 and exchanges[bank.path].mode == "tokens"
-        num_groups = math.ceil(bank.shape.num_groups / layout.ep_size) if travels else bank.shape.num_groups
-        works[bank.path] = BankWork(
-            bank.shape,
-            tokens=tokens * bank.shape.token_factor,
-            num_groups=num_groups,
-            whole=not travels,
-            dtype=getattr(torch, config.run.dtype),
-            keep_hidden=mlp is not None and mlp.keep_hidden,
-        )
-    return works
-
-
-def table_works(
-    config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int
-) -> dict[str, PartWork]:
-    """The same of tables, whose rows and columns are where their exchange says."""
-    works = {}
-    for bank in config.model.banks():
-        if not bank.shape.is_table:
-            continue
-        travels = layout.ep_size > 1 and exchanges[bank.path].mode == "tokens"
-        columns = exchanges[bank.path].columns if travels else 1
-        ranges = layout.ep_size // columns if travels else 1
-        sizes, num_rows = sizes_of(config, processes=processes), math.ceil(bank.shape.num_groups / ranges)
-        works[bank.path] = table_work(bank.shape, sizes, num_rows=num_rows, columns=columns)
-    return works
-
-
 def named_backend(config: Config, path: str, work: Work, device: torch.device) -> str | None:
     """What the config names for this work, model.expert_backend for a bank, model.kernel_backend for the rest; None: to be measured.
 
@@ -165,8 +102,8 @@ def named_backend(config: Config, path: str, work: Work, device: torch.device) -
         asked = config.model.expert_backend
         return None if asked == "auto" else _bank_backend(asked, work, device)
     asked, serving = config.model.kernel_backend, work.candidates(device.type)
-    if asked == "auto":  # on a GPU rank 0 looks for all: a rank that lacks Triton would go on alone
-        return serving[0] if device.type == "cpu" and len(serving) == 1 else None
+    if asked == "auto":
+        return None
     if asked not in serving:
         raise ValueError(
             f"model.kernel_backend must be one that can serve {path} ({work}) on this device, {' or '.join(serving)}, but it is {asked}: "
@@ -192,29 +129,53 @@ def _bank_backend(asked: str, work: BankWork, device: torch.device) -> str:
 
 
 def choose_backends(config: Config, works: Works, world: World) -> Backends:
-    """What every rank computes each module with.
+    """What every rank computes each module with. The works are the same on every rank.
 
     Raises:
-        ValueError: the config names a backend that cannot serve this device, this dtype or these sizes.
+        ValueError: the config names a backend that cannot serve the device of a rank, this dtype or these sizes.
         RuntimeError: kernels.json cannot be read.
     """
     device = world.device
-    asked = {path: named_backend(config, path, work, device) for path, work in works.items()}
+    asked = on_every_rank(
+        world, lambda: {path: named_backend(config, path, work, device) for path, work in works.items()}
+    )
     named = {path: backend for path, backend in asked.items() if backend is not None}
     works = {path: work for path, work in works.items() if path not in named}
+    serving = _serving_all({str(work): work for work in works.values()}, world)
+    alone = {
+        path: serving[str(work)][0]
+        for path, work in works.items()
+        if isinstance(work, PartWork) and device.type == "cpu" and len(serving[str(work)]) == 1
+    }
+    named, works = named | alone, {path: work for path, work in works.items() if path not in alone}
     if not works:
         return Backends(named)
     kept = on_rank_zero(world, lambda: _read(RunFolder(Path(config.run.dir))))
     seconds: dict[str, dict[str, float]] = {}
-    # The works are the same on every rank. One after the other, so that the ranks that wait do not wait for all of them at once.
+    # One after the other, so that the ranks that wait do not wait for all of them at once.
     for name, work in {str(work): work for work in works.values()}.items():
-        found = on_rank_zero(world, lambda work=work: _measure(work, device, kept))
+        found = on_rank_zero(world, lambda name=name, work=work: _measure(work, serving[name], device, kept))
         if found is not None:
             seconds[name] = found
     seconds, tiles = world.all_gather_object([seconds, tuning.decisions()])[0]
     measured = {path: str(work) for path, work in works.items()}
     of_module = named | {path: _fastest(seconds[name]) for path, name in measured.items()}
     return Backends(of_module, measured, seconds, tiles, kept)
+
+
+def _serving_all(works: Mapping[str, Work], world: World) -> dict[str, list[str]]:
+    """By the name of a work the candidates that every rank has, in rank 0's order: a node may lack Triton.
+
+    One all-gather of some names a work, where there is a work.
+    """
+    if not works:
+        return {}
+    told = world.all_gather_object({name: list(work.candidates(world.device.type)) for name, work in works.items()})
+    common = {
+        name: [backend for backend in told[0][name] if all(backend in mine[name] for mine in told)] for name in works
+    }
+    # of a bank with and without Triton there may be none; the loop serves wherever torch runs
+    return {name: backends or ["loop"] for name, backends in common.items()}
 
 
 def excluded(config: Config, works: Works, device: torch.device) -> list[str]:
@@ -249,10 +210,10 @@ def _fastest(seconds: Mapping[str, float]) -> str:
     return min(seconds, key=seconds.__getitem__)
 
 
-def _measure(work: Work, device: torch.device, kept: Kept | None) -> dict[str, float]:
+def _measure(work: Work, candidates: Sequence[str], device: torch.device, kept: Kept | None) -> dict[str, float]:
     """On rank 0: what was kept where it is of the same candidates, else measured, and then kept."""
     assert kept is not None
-    candidates, name = work.candidates(device.type), _described(work, device)
+    name = _described(work, device)
     if set(kept.seconds.get(name, {})) != set(candidates):
         if device.type == "cpu" and len(candidates) == 1:
             return {candidates[0]: 0.0}  # nothing to choose, no tiles either
@@ -274,9 +235,10 @@ def _seconds(work: Work, backend: str, device: torch.device) -> float:
 def _described(work: Work, device: torch.device) -> str:
     """Everything that a measurement depends on, as text."""
     where = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    rounding = ""
     if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
-    return f"{where}, torch {torch.__version__}: {work}"
+        where, rounding = torch.cuda.get_device_name(device), tuning.rounding()
+    return f"{where}, torch {torch.__version__}{rounding}: {work}"
 
 
 def _read(folder: RunFolder) -> Kept:

@@ -19,24 +19,14 @@ from data.split import TrainSplit, open_heldout, open_train
 from model.filling import fill
 from model.memory import StreamMemory
 from model.parameters import materialize
-from model.part_choice import part_works
 from model.transformer import Transformer
 from parallel.config import ProcessInfo, resolve_meeting_s
-from train.backends import (
-    Backends,
-    Works,
-    bank_works,
-    by_layers,
-    choose_backends,
-    excluded,
-    sizes_of,
-    table_works,
-    unmeasured_backend,
-)
+from train.backends import Backends, by_layers, choose_backends, excluded, unmeasured_backend
 from train.config import Config, Layout
 from train.crash import CrashFile
 from train.engine import Engine, LocalMesh, PlainEngine, World
 from train.optimizer import build_optimizer, parameter_groups
+from train.works import works_of
 
 if TYPE_CHECKING:
     from parallel.volume import BankExchange
@@ -115,26 +105,16 @@ def choose_kernels(config: Config, layout: Layout, world: World, model: Transfor
     """How the experts and the other parts of the model, not yet narrowed, are computed, and sentences for the log."""
     processes = world.world_size
     exchanges = choose_exchanges(config, layout, processes=processes) if layout.ep_size > 1 else {}
-    works = _works(config, layout, exchanges, model, processes=processes)
+    works = works_of(config, layout, exchanges, model, processes=processes)
     backends = choose_backends(config, works, world)
     return backends, [*excluded(config, works, world.device), *backends.notes()]
-
-
-def _works(
-    config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", model: Transformer, *, processes: int
-) -> Works:
-    return {
-        **bank_works(config, layout, exchanges, processes=processes),
-        **table_works(config, layout, exchanges, processes=processes),
-        **part_works(model, sizes_of(config, processes=processes)),
-    }
 
 
 def load_model(values: Mapping[str, Tensor], config: Config, *, vocab_size: int, device: torch.device) -> Transformer:
     """The whole network with these weights and states by name, for one process that only reads it."""
     model = build_model(config, vocab_size=vocab_size)
     alone = Layout(ep_size=1, node_size=1)
-    works = _works(config, alone, {}, model, processes=1)
+    works = works_of(config, alone, {}, model, processes=1)
     Backends({path: unmeasured_backend(config, path, work, device) for path, work in works.items()}).apply(model)
     fill(model, values, device=device)
     return model

@@ -64,11 +64,12 @@ def run(config: Config, info: ProcessInfo, preemption: Preemption | None = None)
         open_world(config, info, layout, device=device, crash=crash) as (world, build_engine),
     ):
         check_same_data(world, data)  # before the network: its vocabulary is the shards'
+        # before kernels.json is read, to the very end: crash.json is written under the lock
+        at_last.enter_context(hold_together(world, folder.path))
         model = build_model(config, vocab_size=data.train.vocab_size)
         backends, kernel_notes = choose_kernels(config, layout, world, model)
         backends.apply(model)
         engine = build_engine(model)
-        at_last.enter_context(hold_together(world, folder.path))  # to the end: crash.json is written under the lock
         with (
             Reporter(is_main=world.rank == 0, total_steps=config.run.steps) as reporter,
             open_saver_of(config, world, reporter) as saver,

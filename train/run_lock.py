@@ -3,7 +3,7 @@
 Owns that file, and a second one in the folder of checkpoints, which may lie elsewhere (a link to a larger disk) and be named by that
 place: a run holds both, what only removes checkpoints the second. The lock is the kernel's (flock): it ends with the process that
 holds it, however that ends, so a file that is left behind means nothing. Only while a process holds it must the file stay: remove it by
-hand, and the next process locks a new one and writes beside the first. Called by train/run.py (rank 0, from before the checkpoints are read
+hand, and the next process locks a new one and writes beside the first. Called by train/run.py (rank 0, from before the kernels are chosen
 to the end of the run) and by the commands of train/checkpoint_tool.py that remove something.
 """
 

@@ -42,9 +42,10 @@ from kernels.tuning import measuring
 from model.context import BatchContext, Memory
 from model.expert_choice import BankWork
 from model.parameters import materialize
-from train.backends import bank_works, choose_backends
+from train.backends import choose_backends
 from train.config import Config, Layout, load_config
 from train.engine import LocalMesh
+from train.works import bank_works
 
 PAIRS = (
     ("switchhead_xl_47m_wt103", "dense_xl_47m_10heads"),

@@ -75,9 +75,10 @@ def _work(job: Job, machine: Machine) -> None:
         check(bench, layer, zipf=False, device=machine.device)
         return
     from benchmarks.gpu import layers
-    from train.backends import bank_works, choose_backends
+    from train.backends import choose_backends
     from train.config import Layout, load_config
     from train.engine import LocalMesh
+    from train.works import bank_works
 
     if job.kind == "attention":
         of = layers.subject(job.name, machine)

@@ -45,29 +45,31 @@ class Cell:
 
 @dataclass(frozen=True)
 class Report:
-    """All cells, and the forms (op, form) that may spill."""
+    """All cells, the forms (op, form) that may spill, and lines of source that may count elements in 32 bits (kernels/offsets.py)."""
 
     cells: dict[Place, Cell]
     may_spill: set[tuple[str, str]]
+    narrow_products: set[str]
 
 
 def compile_all(targets: tuple[str, ...] = TARGETS) -> Report:
     """Compile every form of every op for each target, in as many processes as there are cores."""
     ops = sorted(path.parent.name for path in ROOT.glob("kernels/*/forms.py"))
-    cells: dict[Place, Cell] = {}
-    may_spill: set[tuple[str, str]] = set()
+    report = Report({}, set(), set())
     # spawn: a fork of a process with threads (pytest's, torch's) may hang.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as processes:
         for part in processes.map(compile_op, *zip(*((op, target) for op in ops for target in targets), strict=True)):
-            cells |= part.cells
-            may_spill |= part.may_spill
-    return Report(cells, may_spill)
+            report.cells.update(part.cells)
+            report.may_spill.update(part.may_spill)
+            report.narrow_products.update(part.narrow_products)
+    return report
 
 
 def compile_op(op: str, target: str) -> Report:
     from kernels.tools import compile_form
 
     cells: dict[Place, Cell] = {}
+    narrow_products: set[str] = set()
     forms = importlib.import_module(f"kernels.{op}.forms").FORMS
     for form in forms:
         seen: dict[str, int] = {}
@@ -75,7 +77,8 @@ def compile_op(op: str, target: str) -> Report:
             count = seen[compiled.kernel] = seen.get(compiled.kernel, 0) + 1
             name = compiled.kernel if count == 1 else f"{compiled.kernel}#{count}"
             cells[Place(op, form.name, name, target)] = Cell(compiled.registers, compiled.spilled, compiled.shared)
-    return Report(cells, {(op, form.name) for form in forms if form.can_spill})
+            narrow_products.update(compiled.narrow_products)
+    return Report(cells, {(op, form.name) for form in forms if form.can_spill}, narrow_products)
 
 
 def as_table(cells: dict[Place, Cell]) -> str:

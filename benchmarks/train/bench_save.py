@@ -23,7 +23,7 @@ import torch
 from data.loader import Batch
 from model.parameters import count_parameters, materialize
 from train import checkpoint
-from train.backends import Backends, bank_works, unmeasured_backend
+from train.backends import Backends, unmeasured_backend
 from train.build import build_model
 from train.checkpoint import TrainState
 from train.checkpoint_config import CheckpointConfig
@@ -32,6 +32,7 @@ from train.engine import LocalMesh, PlainEngine
 from train.optimizer import build_optimizer, parameter_groups
 from train.saver import open_saver
 from train.step import StepSettings, train_step
+from train.works import bank_works
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 8000

@@ -31,6 +31,11 @@ def _index() -> Tensor:
     return torch.empty(NUM_COPIES, dtype=torch.int64)
 
 
+def _entries(rows: torch.dtype) -> Tensor:
+    """Of 32 bits beside fp32, so that both widths are compiled."""
+    return torch.empty(NUM_COPIES, dtype=torch.int32 if rows == FP32 else torch.int64)
+
+
 def _ends() -> Tensor:
     return torch.empty(NUM_ROWS, dtype=torch.int32)
 
@@ -39,7 +44,7 @@ def launch_forward(width: int, rows: torch.dtype, tables: torch.dtype, *, relu: 
     rows_RD, table_LD = _inputs(width, rows, tables)
     ends = _ends()
     forward(
-        rows_RD, table_LD, table_LD, _numbers(), entry_C=_index(), row_ends_R=ends, output_ends_P=ends, relu=relu
+        rows_RD, table_LD, table_LD, _numbers(), entry_C=_entries(rows), row_ends_R=ends, output_ends_P=ends, relu=relu
     )  # fmt: skip
 
 
@@ -47,7 +52,7 @@ def launch_backward(width: int, rows: torch.dtype, tables: torch.dtype, *, relu:
     gradient_PD, table_LD = _inputs(width, rows, tables)
     ends = _ends()
     backward(
-        gradient_PD, table_LD, table_LD, _numbers(), _numbers(), entry_C=_index(), row_ends_R=ends, output_ends_P=ends, relu=relu,
+        gradient_PD, table_LD, table_LD, _numbers(), _numbers(), entry_C=_entries(rows), row_ends_R=ends, output_ends_P=ends, relu=relu,
         dtype=rows,
     )  # fmt: skip
 
@@ -61,7 +66,7 @@ def launch_tiles(number: int) -> None:
 
 def launch_table(width: int, rows: torch.dtype, tables: torch.dtype, *, adam: bool = False) -> None:
     rows_RD, table_LD = _inputs(width, rows, tables)
-    copies = (_index(), _numbers(), _index(), torch.empty(NUM_COPIES, dtype=torch.int32))
+    copies = (_index(), _numbers(), _entries(rows), torch.empty(NUM_COPIES, dtype=torch.int32))
     found = RowAdam.zeros(table_LD, lr=1e-3) if adam else None
     add_runs(rows_RD, *copies, table_LD, state=found.state if found else (), settings=found.settings if found else ())
 

@@ -89,9 +89,10 @@ def _check(queries_TPZC: Tensor, keys_HZJC: Tensor, *, top_k: int) -> None:
         raise ValueError(
             f"queries and keys must be on one device, got {queries_TPZC.device} and {keys_HZJC.device}: move one of them"
         )
-    if not 1 <= top_k <= keys[2] ** 2:
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= keys[2] ** 2:
         raise ValueError(
-            f"top_k must be from 1 to the number of pairs, got {top_k} and {keys[2]} sub-keys of a half: choose at most {keys[2] ** 2}"
+            f"top_k must be a whole number from 1 to the number of pairs, got {top_k} and {keys[2]} sub-keys of a half: choose at most "
+            f"{keys[2] ** 2}"
         )
 
 

@@ -1,5 +1,5 @@
-"""The calls of product_key_topk whose compiled code is watched: every tile of the forward pass at PEER's sizes, its first tile at others,
-and the two launches of the backward pass.
+"""The calls of product_key_topk whose compiled code is watched: every tile of the forward pass at PEER's sizes, its first tile with odd
+sizes and with the most picks, and the two launches of the backward pass.
 
 Owns: that choice. Does not own: compiling and measuring (kernels/tools.py). Called by: benchmarks/kernels/compile_table.py.
 """
@@ -54,7 +54,6 @@ def launch_backward(sizes: Sizes) -> None:
 PEER = "H 8, K 16 of 1024^2, C 64"
 NAMED = {
     PEER: Sizes(8, 16, 1024, 64),
-    "H 4, K 32 of 512^2, C 128, own keys": Sizes(4, 32, 512, 128, shared=False),  # PKM
     "H 4, K 8 of 155^2, C 206, own keys": Sizes(4, 8, 155, 206, shared=False),
     "H 1, K 64 of 1024^2, C 64": Sizes(1, 64, 1024, 64),
 }

@@ -32,11 +32,12 @@ def shift_mix(
     reading: docs/hsm.md).
 
     Args:
-        u_BSD: B rows of S positions of width D, fp32, fp16 or bf16 ("torch" and "reference": any). Other strides are copied first.
-        a_X, b_X: factors of X equal slices of the width: 1 for all of it, D for each channel. float32 ("torch" and "reference": any).
+        u_BSD: B rows of S positions of width D, fp32, fp16 or bf16 ("torch" and "reference": any float). Other strides are copied first.
+        a_X, b_X: factors of X equal slices of the width: 1 for all of it, D for each channel. float32 ("torch" and "reference": any
+            float).
         shifts: how far, at least 1: one for all channels, or one for each of as many equal slices of the width.
         boundary: v[t] where the document of t has no token so far back. "zero": zeros; "self": u[t]; "clamp": its first token.
-        document_ids_BS: equal in a document, which is one run of positions; None: a row is one document.
+        document_ids_BS: whole numbers, equal in a document, which is one run of positions; None: a row is one document.
         backend: "triton", "torch" (in blocks of positions) or "reference".
 
     Returns:
@@ -46,18 +47,15 @@ def shift_mix(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, a shift below 1; "triton" without a GPU.
     """
+    whole = isinstance(shifts, (tuple, list)) and shifts and all(_is_whole(shift, least=1) for shift in shifts)
+    if u_BSD.ndim != 3 or not whole or u_BSD.shape[2] % len(shifts):
+        raise ValueError(
+            "u must be [B, S, D] with a D that the number of shifts divides, and these a tuple of whole numbers, all of at least 1, got "
+            f"{list(u_BSD.shape)} and {shifts}: change one of them"
+        )
     _check_factors(u_BSD, a_X, b_X, backend=backend, function="shift_mix")
-    width = u_BSD.shape[-1]
-    if u_BSD.ndim != 3 or not shifts or min(shifts) < 1 or width % len(shifts):
-        raise ValueError(
-            f"u must be [B, S, D] with a D that the number of shifts divides, all of at least 1, got {list(u_BSD.shape)} and {shifts}: "
-            "change one of them"
-        )
     _check_boundary(boundary, function="shift_mix")
-    if document_ids_BS is not None and document_ids_BS.shape != u_BSD.shape[:2]:
-        raise ValueError(
-            f"document ids must be [B, S] of u, got {list(document_ids_BS.shape)} and u {list(u_BSD.shape)}: pass an id for each position"
-        )
+    _check_documents(document_ids_BS, u_BSD)
     if backend == "reference":
         return reference(u_BSD, a_X, b_X, shifts=shifts, boundary=boundary, document_ids_BS=document_ids_BS)
     first_BS = None if document_ids_BS is None else _begins(document_ids_BS)
@@ -82,16 +80,19 @@ def shift_mix_step(
         boundary, backend: as of shift_mix; "reference" is "torch" here.
 
     Returns:
-        (B, W) in the dtype of u. "triton": one launch, without a gradient.
+        (B, W) in the dtype of u, mixed as by shift_mix. "triton": one launch, without a gradient.
+
+    Raises:
+        ValueError: as shift_mix; a ring that does not belong to u, a position that is no whole number from 0.
     """
+    _check_ring(u_BW, ring_BRW)
     _check_factors(u_BW, a_X, b_X, backend=backend, function="shift_mix_step")
     _check_boundary(boundary, function="shift_mix_step")
-    batch, size, width = ring_BRW.shape
-    if u_BW.shape != (batch, width) or u_BW.dtype != ring_BRW.dtype or not ring_BRW.is_contiguous() or size == 0:
+    if not _is_whole(position, least=0):
         raise ValueError(
-            f"u [B, W] and a contiguous ring [B, R, W] with a place or more must agree in sizes and dtype, got {list(u_BW.shape)} of "
-            f"{u_BW.dtype} and {list(ring_BRW.shape)} of {ring_BRW.dtype}: use the ring of these rows"
+            f"the position of shift_mix_step must be a whole number from 0, got {position!r}: pass how many tokens were seen before"
         )
+    size = ring_BRW.shape[1]
     place = position % size
     source = place if position >= size else -1
     if source < 0 and boundary == "clamp" and position > 0:
@@ -117,6 +118,33 @@ def _begins(document_ids_BS: Tensor) -> Tensor:
     return (position_S * changes_BS).cummax(1).values if length else changes_BS.int()
 
 
+def _is_whole(number: object, *, least: int) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= least
+
+
+def _check_documents(document_ids_BS: Tensor | None, u_BSD: Tensor) -> None:
+    if document_ids_BS is None:
+        return
+    dtype = document_ids_BS.dtype
+    whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    if document_ids_BS.shape != u_BSD.shape[:2] or not whole or document_ids_BS.device != u_BSD.device:
+        raise ValueError(
+            f"document ids must be whole numbers [B, S] of u on its device, got {list(document_ids_BS.shape)} of {dtype} on "
+            f"{document_ids_BS.device} and u {list(u_BSD.shape)} on {u_BSD.device}: pass an id for each position"
+        )
+
+
+def _check_ring(u_BW: Tensor, ring_BRW: Tensor) -> None:
+    fits = u_BW.ndim == 2 and ring_BRW.ndim == 3 and u_BW.shape == ring_BRW.shape[::2] and ring_BRW.shape[1] > 0
+    same = u_BW.dtype == ring_BRW.dtype and u_BW.device == ring_BRW.device
+    if not fits or not same or not ring_BRW.is_contiguous():
+        raise ValueError(
+            "u [B, W] and a contiguous ring [B, R, W] with a place or more must agree in sizes, dtype and device, got "
+            f"{list(u_BW.shape)} of {u_BW.dtype} on {u_BW.device} and {list(ring_BRW.shape)} of {ring_BRW.dtype} on {ring_BRW.device}: "
+            "use the ring of these rows"
+        )
+
+
 def _check_boundary(boundary: str, *, function: str) -> None:
     if boundary not in BOUNDARIES:
         raise ValueError(f"the boundary of {function} must be one of {', '.join(BOUNDARIES)}, got {boundary!r}")
@@ -133,6 +161,8 @@ def _check_factors(u: Tensor, a_X: Tensor, b_X: Tensor, *, backend: str, functio
             f"a and b must have one dtype and the device of u, got {a_X.dtype} on {a_X.device}, {b_X.dtype} on {b_X.device} and u on "
             f"{u.device}: cast or move them"
         )
+    if not u.is_floating_point() or not a_X.is_floating_point():
+        raise ValueError(f"u, a and b of {function} must be floats, got u {u.dtype}, a and b {a_X.dtype}: cast them")
     if backend not in BACKENDS:
         raise ValueError(f"the backend of {function} must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend != "triton":

@@ -23,7 +23,7 @@ def mix(
 
 def step(u_BW: Tensor, ring_BRW: Tensor, a_X: Tensor, b_X: Tensor, *, place: int, source: int, boundary: str) -> Tensor:
     """(B, W): see kernel.launch_step."""
-    a_W, b_W = _per_channel(a_X, u_BW), _per_channel(b_X, u_BW)
+    a_W, b_W = (_per_channel(each, u_BW) for each in (a_X, b_X))
     y_BW = a_W * u_BW
     if source >= 0 or boundary != "zero":
         y_BW = y_BW.addcmul(b_W, u_BW if source < 0 else ring_BRW[:, source])
@@ -48,7 +48,7 @@ class _Mix(torch.autograd.Function):
         for row, part, shift, start, end in _blocks(u_BSD, shifts):
             u_SW = u_BSD[row, :, part]
             a_W, b_W = (_per_channel(each, u_BSD)[part] for each in (a_X, b_X))
-            mixed_sW = u_SW[start:end] * a_W  # in the factors' dtype, which is wider or the same
+            mixed_sW = u_SW[start:end] * a_W  # in the factors' dtype
             first_s = None if first_BS is None else first_BS[row, start:end]
             earlier_sW, at = _earlier(u_SW, first_s, shift, start, end, boundary=boundary)
             mixed_sW[at:].addcmul_(earlier_sW, b_W)
@@ -62,7 +62,7 @@ class _Mix(torch.autograd.Function):
         gradient_BSD = gradient_BSD.contiguous()  # torch adds up other strides in another order
         of_u, of_a, of_b = ctx.needs_input_grad[:3]
         of_u_BSD = torch.empty_like(u_BSD) if of_u else None
-        sums_2D = torch.zeros(2, u_BSD.shape[2], dtype=torch.promote_types(u_BSD.dtype, a_X.dtype), device=u_BSD.device)
+        sums_2D = torch.zeros(2, u_BSD.shape[2], dtype=_wide(a_X, u_BSD), device=u_BSD.device)
         for row, part, shift, start, end in _blocks(u_BSD, ctx.shifts):
             gradient_SW = gradient_BSD[row, :, part]
             own_sW, token_sW = gradient_SW[start:end], u_BSD[row, start:end, part].to(sums_2D.dtype)
@@ -143,4 +143,9 @@ def _later(
 
 
 def _per_channel(factors_X: Tensor, rows: Tensor) -> Tensor:
-    return factors_X.repeat_interleave(rows.shape[-1] // len(factors_X))
+    """In the dtype that is computed in."""
+    return factors_X.to(_wide(factors_X, rows)).repeat_interleave(rows.shape[-1] // len(factors_X))
+
+
+def _wide(factors_X: Tensor, rows: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(factors_X.dtype, rows.dtype), torch.float32)

@@ -95,11 +95,13 @@ def backward_kernel(
         w += tl.where((t - shift >= begin)[:, None], 0.0, own)
     if BOUNDARY == "clamp":  # a document's first token stands for what is before it, at `shift` positions
         begins = in_row & (begin == t)
-        steps = tl.where(tl.max(begins.to(tl.int32), 0) > 0, tl.minimum(shift, S), 0)
+        steps = tl.where(tl.max(begins.to(tl.int32), 0) > 0, shift, 0)
         for step in range(steps):
             here = begins & (t + step < S)
             here &= _begin(first, base, t + step, here) == t
-            more = tl.load(gradient + at + step * D, mask=here[:, None] & in_slice[None, :], other=0.0)
+            more = tl.load(
+                gradient + at + tl.cast(step, tl.int64) * D, mask=here[:, None] & in_slice[None, :], other=0.0
+            )
             w += more.to(tl.float32)
     if of_u is not None:
         of_own = tl.load(a + d // PART, mask=in_slice, other=0.0)
@@ -174,7 +176,7 @@ def launch_step(
 
 
 def _launches(u_BSD: Tensor, a_X: Tensor, *, shifts: list[int], boundary: str) -> list[tuple[tuple[int], dict]]:
-    """Of each slice the grid, and the arguments that forward and backward share."""
+    """Of each slice the grid, and the arguments that forward and backward share. A shift beyond the row is one of its length."""
     batch, length, width = u_BSD.shape
     slice_width = width // len(shifts)
     blocks = batch * triton.cdiv(length, BLOCK_S) * triton.cdiv(slice_width, BLOCK_D)
@@ -187,7 +189,10 @@ def _launches(u_BSD: Tensor, a_X: Tensor, *, shifts: list[int], boundary: str) -
         "num_warps": NUM_WARPS,
     }
     return [
-        ((blocks,), {"S": length, "shift": shift, "first_d": number * slice_width, "BOUNDARY": boundary} | sizes)
+        (
+            (blocks,),
+            {"S": length, "shift": min(shift, length), "first_d": number * slice_width, "BOUNDARY": boundary} | sizes,
+        )
         for number, shift in enumerate(shifts)
         if blocks
     ]

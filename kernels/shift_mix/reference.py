@@ -17,6 +17,8 @@ def reference(
     document_ids_BS: Tensor | None = None,
 ) -> Tensor:
     """y[t] = a * u[t] + b * v[t], v[t] the token `shift` positions before t of the same document, or what `boundary` says."""
+    dtype, wide = u_BSD.dtype, torch.promote_types(torch.promote_types(u_BSD.dtype, a_X.dtype), torch.float32)
+    u_BSD, a_X, b_X = (each.to(wide) for each in (u_BSD, a_X, b_X))
     batch, length, width = u_BSD.shape
     ids_BS = u_BSD.new_zeros(batch, length, dtype=torch.int64) if document_ids_BS is None else document_ids_BS
     first_BS = (ids_BS[:, :, None] == ids_BS[:, None]).int().argmax(2) if length else ids_BS
@@ -29,4 +31,4 @@ def reference(
         outside = {"zero": torch.zeros_like(u_BSY), "self": u_BSY, "clamp": v_BSY}[boundary]
         parts.append(torch.where(inside_BS1, v_BSY, outside))
     a_D, b_D = (factors.repeat_interleave(width // len(factors)) for factors in (a_X, b_X))
-    return (a_D * u_BSD + b_D * torch.cat(parts, dim=2)).to(u_BSD.dtype)
+    return (a_D * u_BSD + b_D * torch.cat(parts, dim=2)).to(dtype)

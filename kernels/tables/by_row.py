@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.tables.routes import LARGE_TABLE
 from kernels.tuning import fastest, rounded
 
 LANE_BYTES, LANES = 16, 32  # what a thread loads at once, and the threads of a warp
@@ -212,5 +213,6 @@ def _fastest(
     name: str, tiles: list[Tiles], launch: Callable[[Tiles], object], table_LD: Tensor, entry_C: Tensor, dtype: torch.dtype,
     num_rows: int,
 ) -> Tiles:  # fmt: skip
-    key = (f"table {name}", rounded(len(entry_C)), rounded(num_rows), tuple(table_LD.shape), table_LD.dtype, dtype)
+    of_table = (min(len(table_LD), LARGE_TABLE), table_LD.shape[1])
+    key = (f"table {name}", rounded(len(entry_C)), rounded(num_rows), of_table, table_LD.dtype, dtype)
     return fastest(tiles, launch, key=key, device=table_LD.device)

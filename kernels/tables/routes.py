@@ -17,6 +17,7 @@ from kernels.tables.adam import RowAdam
 
 # of the kernels' place numbers, 32 bits wide, the last block may lie beyond the copies: by at most 1,024, and some room
 MAX_COPIES = 2**31 - 4096
+LARGE_TABLE = 2**17  # rows: 256 MiB of float32 at width 512, beyond every cache; with more of them a pass takes as long
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
 
@@ -53,9 +54,10 @@ class TableRoutes:
         """The routes of these copies, without waiting for the device. order_C: what a stable sort by entry gave, where it is known.
 
         Raises:
-            ValueError: dtypes or shapes that break the above, 2**31 - 4096 copies or more, or, on a CPU, rows that do not ascend or lie
-                outside.
+            ValueError: dtypes, shapes or numbers of rows that break the above, 2**31 - 4096 copies or more, or, on a CPU, rows that do not
+                ascend or lie outside.
         """
+        _check_sizes(num_rows=num_rows, num_outputs=num_outputs)
         _check_copies(entry_C, row_C, output_C, order_C)
         for name, index_C, size in (("row_C", row_C, num_rows), ("output_C", output_C, num_outputs)):
             if index_C.is_cpu and not torch.compiler.is_compiling():
@@ -168,6 +170,14 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 def _ends(ascending_C: Tensor, num_rows: int) -> Tensor:
     rows = torch.arange(num_rows, device=ascending_C.device, dtype=ascending_C.dtype)
     return torch.searchsorted(ascending_C, rows, right=True, out_int32=True)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise ValueError(
+                f"{name} of TableRoutes must be a whole number from 0, got {size!r}: pass how many rows there are"
+            )
 
 
 def _check_copies(entry_C: Tensor, row_C: Tensor, output_C: Tensor, order_C: Tensor | None) -> None:

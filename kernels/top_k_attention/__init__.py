@@ -20,8 +20,8 @@ MAX_TOP_K = 256  # what the search of the kernels holds of a query's scores is a
 
 def top_k_attention(
     q_BHSC: Tensor,
-    k_BHMC: Tensor,
-    v_BHMD: Tensor,
+    k_BGMC: Tensor,
+    v_BGMD: Tensor,
     *,
     top_k: int | None,
     scale: float,
@@ -37,8 +37,8 @@ def top_k_attention(
     sees fewer than top_k keys uses those; one that sees none gives zeros and gets no gradient.
 
     Args:
-        q_BHSC, k_BHMC, v_BHMD: S <= M, as many heads in all. "triton": fp32, fp16 or bf16, widths up to 128, other strides are copied
-            first; "torch" and "reference": any dtypes.
+        q_BHSC, k_BGMC, v_BGMD: S <= M; H / G neighbouring heads of q share one of k and v, and no copy is made for them. "triton": fp32,
+            fp16 or bf16, widths up to 128, other strides are copied first; "torch" and "reference": any floating-point dtypes.
         top_k: None or 0 keeps all keys, exact attention; so does a number above the keys that a query sees. "triton": up to 256, or M.
         scale: the scores' factor inside the softmax, > 0, so it leaves the selection alone. A learned one: multiply q by it.
         first_BS: int32 or int64, the lowest key that each query sees (its document's first, or of a part-filled cache); it does not
@@ -56,29 +56,30 @@ def top_k_attention(
         in float32, probabilities are rounded to the dtype of v before their product, as in flash attention; deterministic, bit for
         bit; fp32 products round to TF32 only where torch.backends.cuda.matmul.allow_tf32 is set at the call. Backward keeps q, k, v
         and: "torch", with top_k, 8 bytes per kept key; "triton", the output and 12 bytes per query and head, nothing per key.
-        A score that is NaN makes its query's output NaN.
+        A score of -inf, of a product that overflowed, has no weight: where all that a query sees are such, it gives zeros and gets no
+        gradient, as if it saw nothing. A kept score that is NaN or inf makes its query's output NaN.
 
     Raises:
         ValueError: sizes, dtypes or devices that do not fit together, or a backend that cannot serve. On a GPU nobody looks whether
             first_BS decreases: reading it would stall the stream.
     """
-    _check(q_BHSC, k_BHMC, v_BHMD, top_k=top_k, chunk=chunk, scale=scale, first_BS=first_BS)
-    _check_relative(q_BHSC, k_BHMC, relative)
-    num_queries, num_keys = q_BHSC.shape[2], k_BHMC.shape[2]
+    _check(q_BHSC, k_BGMC, v_BGMD, top_k=top_k, chunk=chunk, scale=scale, first_BS=first_BS)
+    _check_relative(q_BHSC, k_BGMC, relative)
+    num_queries, num_keys = q_BHSC.shape[2], k_BGMC.shape[2]
     top_k = min(top_k or num_keys, num_keys)
     if backend == "triton":
-        q_BHSC, k_BHMC, v_BHMD = (_as_autocast(each, q_BHSC.device.type) for each in (q_BHSC, k_BHMC, v_BHMD))
-    _check_backend(backend, q_BHSC, k_BHMC, v_BHMD, top_k=top_k, extras=relative is not None or drop is not None)
+        q_BHSC, k_BGMC, v_BGMD = (_as_autocast(each, q_BHSC.device.type) for each in (q_BHSC, k_BGMC, v_BGMD))
+    _check_backend(backend, q_BHSC, k_BGMC, v_BGMD, top_k=top_k, extras=relative is not None or drop is not None)
     if backend == "torch":
         setting = Setting(num_queries, num_keys, first_BS, top_k, chunk, scale, drop)
-        return attend_in_chunks(q_BHSC, k_BHMC, v_BHMD, relative, setting)
+        return attend_in_chunks(q_BHSC, k_BGMC, v_BGMD, relative, setting)
     if backend == "reference":
-        return reference(q_BHSC, k_BHMC, v_BHMD, top_k=top_k, scale=scale, first_BS=first_BS)
+        return reference(q_BHSC, k_BGMC, v_BGMD, top_k=top_k, scale=scale, first_BS=first_BS)
     from kernels.grouped_matmul.tiles import precision
     from kernels.top_k_attention.op import forward_op
 
     first_BS = None if first_BS is None else first_BS.clamp(min=0).int().contiguous()
-    contiguous = (each.contiguous() for each in (q_BHSC, k_BHMC, v_BHMD))
+    contiguous = (each.contiguous() for each in (q_BHSC, k_BGMC, v_BGMD))
     return forward_op(*contiguous, first_BS, top_k, float(scale), precision())[0]
 
 
@@ -143,15 +144,22 @@ def _check(
 ) -> None:
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 query, not {chunk}: 1024 is a good size on a GPU")
-    if top_k is not None and top_k < 0:
-        raise ValueError(f"top_k must be a number of kept keys >= 1, or None or 0 for all keys, not {top_k}")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0):
+        raise ValueError(f"top_k must be a whole number of kept keys >= 1, or None or 0 for all keys, not {top_k!r}")
     if not scale > 0:
         raise ValueError(f"scale must be above 0, not {scale}: the selection is made before it, so fold a sign into q")
-    fits = q.ndim == k.ndim == v.ndim == 4 and q.shape[2] <= k.shape[2] and 0 not in (q.shape[3], v.shape[-1])
-    if not fits or k.shape != (*q.shape[:2], k.shape[2], q.shape[3]) or v.shape[:3] != k.shape[:3]:
+    fits = (
+        q.ndim == k.ndim == v.ndim == 4 and q.shape[2] <= k.shape[2] and 0 not in (k.shape[1], q.shape[3], v.shape[-1])
+    )
+    fits = fits and (k.shape[0], k.shape[3]) == (q.shape[0], q.shape[3]) and v.shape[:3] == k.shape[:3]
+    if not fits or q.shape[1] % k.shape[1] or not q.shape[1]:
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be (B, H, S, C), (B, H, M, C) and (B, H, M, D) with "
-            "S <= M; expand k and v to the heads of q before"
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be (B, H, S, C), (B, G, M, C) and (B, G, M, D) with "
+            "S <= M and H a multiple of G: reshape one of them"
+        )
+    if not all(each.is_floating_point() for each in (q, k, v)):
+        raise ValueError(
+            f"q, k and v must have floating-point dtypes, got {q.dtype}, {k.dtype} and {v.dtype}: cast them"
         )
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}: move them")
@@ -170,8 +178,9 @@ def _check(
 
 
 def _check_relative(q: Tensor, k: Tensor, relative: tuple[Tensor, Tensor] | None) -> None:
-    if relative is not None and (relative[0].shape != q.shape or relative[1].shape != k.shape[1:]):
+    table = (q.shape[1], *k.shape[2:])
+    if relative is not None and (relative[0].shape != q.shape or relative[1].shape != table):
         raise ValueError(
-            f"relative must be (q_position, r) of {tuple(q.shape)}, like q, and {tuple(k.shape[1:])}, one row per distance, but they are "
+            f"relative must be (q_position, r) of {tuple(q.shape)}, like q, and {table}, one row per distance, but they are "
             f"{tuple(relative[0].shape)} and {tuple(relative[1].shape)}"
         )

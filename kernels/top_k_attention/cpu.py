@@ -9,8 +9,8 @@ coordinates, so that it is the same in forward, backward and recompute whatever 
 matrices: what follows the selection touches the kept pairs alone, as sums of bags. For 64 of 4,096 keys such a sum takes 0.4 ms where
 a product with the zeros between takes 8 (1,024 queries of width 64, one core).
 
-Shape letters: B rows, H heads, S queries, M keys, C and D widths of q and v, R queries of one chunk, P keys that they can reach, K kept
-keys, X any width.
+Shape letters: B rows, H heads, G heads of keys and values, S queries, M keys, C and D widths of q and v, R queries of one chunk, Q the
+queries of a chunk in all heads that share keys, P keys that they can reach, K kept keys, X any width.
 """
 
 from collections.abc import Iterator
@@ -54,18 +54,18 @@ class Setting:
 
 
 def attend_in_chunks(
-    q_BHSC: Tensor, k_BHMC: Tensor, v_BHMD: Tensor, relative: tuple[Tensor, Tensor] | None, setting: Setting
+    q_BHSC: Tensor, k_BGMC: Tensor, v_BGMD: Tensor, relative: tuple[Tensor, Tensor] | None, setting: Setting
 ) -> Tensor:
     """See `top_k_attention`: (B, H, S, D) in the dtype of v, differentiable in q, k, v and `relative`, once."""
-    return _Attend.apply(q_BHSC, k_BHMC, v_BHMD, *(relative or (None, None)), setting)  # type: ignore[return-value]
+    return _Attend.apply(q_BHSC, k_BGMC, v_BGMD, *(relative or (None, None)), setting)  # type: ignore[return-value]
 
 
 class _Inputs(NamedTuple):
     """The operands in the dtype of the work, contiguous."""
 
     q_BHSC: Tensor
-    k_BHMC: Tensor
-    v_BHMD: Tensor
+    k_BGMC: Tensor
+    v_BGMD: Tensor
     q_position_BHSC: Tensor | None
     r_HMC: Tensor | None
 
@@ -83,8 +83,8 @@ class _Chunk:
     def queries(self, x_BHSX: Tensor) -> Tensor:
         return x_BHSX[:, :, self.first : self.last]
 
-    def keys(self, x_BHMX: Tensor) -> Tensor:
-        return x_BHMX[:, :, : self.reach]
+    def keys(self, x_BGMX: Tensor) -> Tensor:
+        return x_BGMX[:, :, : self.reach]
 
     def table(self, r_HMC: Tensor) -> Tensor:
         """(H, P, C): the rows of r for the distances that occur, the farthest (of the last query to key 0) first."""
@@ -96,7 +96,7 @@ class _Chunk:
 
     def scores(self, x: _Inputs) -> Tensor:
         """(B, H, R, P) before the scale, -inf where masked."""
-        scores = self.queries(x.q_BHSC) @ self.keys(x.k_BHMC).mT
+        scores = _times(self.queries(x.q_BHSC), self.keys(x.k_BGMC).mT)
         if x.q_position_BHSC is not None and x.r_HMC is not None:
             by_column = self.queries(x.q_position_BHSC) @ self.table(x.r_HMC).mT
             column_RP = self.column(torch.arange(self.reach, device=scores.device)).clamp(max=self.reach - 1)
@@ -148,10 +148,10 @@ class _Attend(torch.autograd.Function):
                     best = select_top_k(weights, setting.top_k)
                     del weights
                     probabilities = chunk.probabilities(best.scores)
-                    y = _weighted_sums(best.keys, chunk.dropped(probabilities, best.keys), x.v_BHMD)
+                    y = _weighted_sums(best.keys, chunk.dropped(probabilities, best.keys), x.v_BGMD)
                     kept += [probabilities, best.keys]
                 else:
-                    y = chunk.dropped(chunk.probabilities(weights), None) @ chunk.keys(x.v_BHMD)
+                    y = _times(chunk.dropped(chunk.probabilities(weights), None), chunk.keys(x.v_BGMD))
                 chunk.queries(y_BHSD).copy_(y)
         ctx.save_for_backward(q, k, v, q_position, r, *kept)
         ctx.setting = setting
@@ -164,7 +164,7 @@ class _Attend(torch.autograd.Function):
         inputs, kept = saved[:5], iter(saved[5:])
         with torch.autocast(inputs[0].device.type, enabled=False):
             x = _widen(*inputs)
-            dy_BHSD = gradients[0].to(x.v_BHMD.dtype)
+            dy_BHSD = gradients[0].to(x.v_BGMD.dtype)
             dx = _Inputs(*(None if part is None else torch.zeros_like(part) for part in x))  # type: ignore[arg-type]
             for chunk in ctx.setting.chunks():
                 dy_BHRD = chunk.queries(dy_BHSD)
@@ -179,10 +179,11 @@ def _add_whole(dx: _Inputs, x: _Inputs, dy_BHRD: Tensor, chunk: _Chunk) -> None:
     """Adds to dx the part of a chunk whose queries use all visible keys."""
     probabilities = chunk.probabilities(chunk.scores(x))
     weights = chunk.dropped(probabilities, None)
-    chunk.keys(dx.v_BHMD).add_(weights.mT @ dy_BHRD)
-    d_scores = chunk.score_gradient(chunk.dropped(dy_BHRD @ chunk.keys(x.v_BHMD).mT, None), probabilities)
-    chunk.queries(dx.q_BHSC).copy_(d_scores @ chunk.keys(x.k_BHMC))
-    chunk.keys(dx.k_BHMC).add_(d_scores.mT @ chunk.queries(x.q_BHSC))
+    G = x.k_BGMC.shape[1]
+    chunk.keys(dx.v_BGMD).add_(_by_keys(weights, G).mT @ _by_keys(dy_BHRD, G))
+    d_scores = chunk.score_gradient(chunk.dropped(_times(dy_BHRD, chunk.keys(x.v_BGMD).mT), None), probabilities)
+    chunk.queries(dx.q_BHSC).copy_(_times(d_scores, chunk.keys(x.k_BGMC)))
+    chunk.keys(dx.k_BGMC).add_(_by_keys(d_scores, G).mT @ _by_keys(chunk.queries(x.q_BHSC), G))
     if x.q_position_BHSC is None or x.r_HMC is None or dx.q_position_BHSC is None or dx.r_HMC is None:
         return
     # Each key of a query has a column of its own, so no two gradients meet in one place; columns from P on are future keys, all zero.
@@ -198,12 +199,13 @@ def _add_selected(
 ) -> None:
     """Adds to dx the part of a chunk whose queries use the keys (B, H, R, K) with these probabilities."""
     weights = chunk.dropped(probabilities, keys)
-    products = _products(keys, dy_BHRD, x.v_BHMD)
+    products = _products(keys, dy_BHRD, x.v_BGMD)
     d_scores = chunk.score_gradient(chunk.dropped(products, keys), probabilities)
-    chunk.queries(dx.q_BHSC).copy_(_weighted_sums(keys, d_scores, x.k_BHMC))
-    of_keys = _Readers(keys, tables=dx.k_BHMC.shape[:2].numel(), length=chunk.reach)
-    chunk.keys(dx.v_BHMD).add_(of_keys.weighted_sums(weights, dy_BHRD).view_as(chunk.keys(dx.v_BHMD)))
-    chunk.keys(dx.k_BHMC).add_(of_keys.weighted_sums(d_scores, chunk.queries(x.q_BHSC)).view_as(chunk.keys(dx.k_BHMC)))
+    chunk.queries(dx.q_BHSC).copy_(_weighted_sums(keys, d_scores, x.k_BGMC))
+    B, G = dx.k_BGMC.shape[:2]
+    of_keys = _Readers(_by_keys(keys, G), tables=B * G, length=chunk.reach)
+    chunk.keys(dx.v_BGMD).add_(of_keys.weighted_sums(weights, dy_BHRD).view_as(chunk.keys(dx.v_BGMD)))
+    chunk.keys(dx.k_BGMC).add_(of_keys.weighted_sums(d_scores, chunk.queries(x.q_BHSC)).view_as(chunk.keys(dx.k_BGMC)))
     if x.q_position_BHSC is None or x.r_HMC is None or dx.q_position_BHSC is None or dx.r_HMC is None:
         return
     column = chunk.column(keys).clamp(max=chunk.reach - 1)  # only masked keys, whose gradient is 0, are beyond
@@ -214,6 +216,18 @@ def _add_selected(
     chunk.table(dx.r_HMC).add_(d_table.view_as(chunk.table(dx.r_HMC)))
 
 
+def _by_keys(x_BHRX: Tensor, num_heads: int) -> Tensor:
+    """(B, G, Q, X): the queries of the heads that share keys below each other, so that a product with the keys needs no copy of them."""
+    B, H, R, X = x_BHRX.shape
+    return x_BHRX if num_heads == H else x_BHRX.reshape(B, num_heads, H // num_heads * R, X)
+
+
+def _times(x_BHRY: Tensor, table_BGYX: Tensor) -> Tensor:
+    """(B, H, R, X): each head's matrix times the one that it shares."""
+    product_BGQX = _by_keys(x_BHRY, table_BGYX.shape[1]) @ table_BGYX
+    return product_BGQX.view(*x_BHRY.shape[:3], table_BGYX.shape[3])
+
+
 def _rows(index_BHRK: Tensor, *, tables: int, length: int) -> Tensor:
     """(B*H*R, K): the same as rows of `tables` tables of `length` rows below each other: one for each of (B, H), or of H."""
     B, H, _, K = index_BHRK.shape
@@ -221,21 +235,21 @@ def _rows(index_BHRK: Tensor, *, tables: int, length: int) -> Tensor:
     return (index_BHRK + (table * length).view(B, H, 1, 1)).view(-1, K)
 
 
-def _weighted_sums(index_BHRK: Tensor, weights_BHRK: Tensor, table_BHMX: Tensor) -> Tensor:
-    """(B, H, R, X): the sum over k of weight * table[index]."""
-    B, H, M, X = table_BHMX.shape
-    rows_NK = _rows(index_BHRK, tables=B * H, length=M)
+def _weighted_sums(index_BHRK: Tensor, weights_BHRK: Tensor, table_BGMX: Tensor) -> Tensor:
+    """(B, H, R, X): the sum over k of weight * table[index], from the table that the head shares."""
+    B, G, M, X = table_BGMX.shape
+    rows_NK = _rows(_by_keys(index_BHRK, G), tables=B * G, length=M)
     sums = F.embedding_bag(
-        rows_NK, table_BHMX.view(-1, X), per_sample_weights=weights_BHRK.view_as(rows_NK), mode="sum"
+        rows_NK, table_BGMX.view(-1, X), per_sample_weights=weights_BHRK.view_as(rows_NK), mode="sum"
     )
     return sums.view(*index_BHRK.shape[:3], X)
 
 
-def _products(index_BHRK: Tensor, x_BHRX: Tensor, table_BHMX: Tensor) -> Tensor:
+def _products(index_BHRK: Tensor, x_BHRX: Tensor, table_BGMX: Tensor) -> Tensor:
     """(B, H, R, K): x . table[index], which is how `_weighted_sums` depends on its weights. A gather first would write K X numbers."""
     with torch.enable_grad():
         weights = torch.zeros(index_BHRK.shape, dtype=x_BHRX.dtype, device=x_BHRX.device, requires_grad=True)
-        sums = _weighted_sums(index_BHRK, weights, table_BHMX)
+        sums = _weighted_sums(index_BHRK, weights, table_BGMX)
     return torch.autograd.grad(sums, weights, x_BHRX.contiguous())[0]
 
 

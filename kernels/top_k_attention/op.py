@@ -17,11 +17,11 @@ from kernels.top_k_attention import kernel
 
 @torch.library.custom_op("switchyard::top_k_attention", mutates_args=())
 def forward_op(
-    q_BHSC: Tensor, k_BHMC: Tensor, v_BHMD: Tensor, first_BS: Tensor | None, top_k: int, scale: float, precision: str
+    q_BHSC: Tensor, k_BGMC: Tensor, v_BGMD: Tensor, first_BS: Tensor | None, top_k: int, scale: float, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output (B, H, S, D); log_sum, lowest and last (B, H, S) of `kernel.Chosen`, (0,) for None. All tensors contiguous."""
     output, chosen = kernel.forward(
-        q_BHSC, k_BHMC, v_BHMD, first_BS, top_k=top_k, scale=scale, precision=precision
+        q_BHSC, k_BGMC, v_BGMD, first_BS, top_k=top_k, scale=scale, precision=precision
     )  # fmt: skip
     if chosen.lowest is None or chosen.last is None:
         return output, chosen.log_sum, *_nothing(q_BHSC)
@@ -33,10 +33,10 @@ def _nothing(q_BHSC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @forward_op.register_fake
-def _forward_fake(q_BHSC, k_BHMC, v_BHMD, first_BS, top_k, scale, precision):
-    output = v_BHMD.new_empty(*q_BHSC.shape[:3], v_BHMD.shape[3])
+def _forward_fake(q_BHSC, k_BGMC, v_BGMD, first_BS, top_k, scale, precision):
+    output = v_BGMD.new_empty(*q_BHSC.shape[:3], v_BGMD.shape[3])
     log_sum = q_BHSC.new_empty(q_BHSC.shape[:3], dtype=torch.float32)
-    if output.numel() == 0 or top_k >= k_BHMC.shape[2]:
+    if output.numel() == 0 or top_k >= k_BGMC.shape[2]:
         return output, log_sum, *_nothing(q_BHSC)
     return output, log_sum, torch.empty_like(log_sum), torch.empty_like(log_sum, dtype=torch.int32)
 
@@ -45,8 +45,8 @@ def _forward_fake(q_BHSC, k_BHMC, v_BHMD, first_BS, top_k, scale, precision):
 def backward_op(
     gradient_BHSD: Tensor,
     q_BHSC: Tensor,
-    k_BHMC: Tensor,
-    v_BHMD: Tensor,
+    k_BGMC: Tensor,
+    v_BGMD: Tensor,
     first_BS: Tensor | None,
     output_BHSD: Tensor,
     log_sum_BHS: Tensor,
@@ -59,15 +59,15 @@ def backward_op(
     selects = lowest_BHS.numel() > 0
     chosen = kernel.Chosen(log_sum_BHS, lowest_BHS if selects else None, last_BHS if selects else None)
     return kernel.backward(
-        gradient_BHSD, q_BHSC, k_BHMC, v_BHMD, output_BHSD, chosen, first_BS, scale=scale, precision=precision
+        gradient_BHSD, q_BHSC, k_BGMC, v_BGMD, output_BHSD, chosen, first_BS, scale=scale, precision=precision
     )
 
 
 @backward_op.register_fake
 def _backward_fake(
-    gradient_BHSD, q_BHSC, k_BHMC, v_BHMD, first_BS, output_BHSD, log_sum_BHS, lowest_BHS, last_BHS, scale, precision
+    gradient_BHSD, q_BHSC, k_BGMC, v_BGMD, first_BS, output_BHSD, log_sum_BHS, lowest_BHS, last_BHS, scale, precision
 ):
-    return torch.empty_like(q_BHSC), torch.empty_like(k_BHMC), torch.empty_like(v_BHMD)
+    return torch.empty_like(q_BHSC), torch.empty_like(k_BGMC), torch.empty_like(v_BGMD)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

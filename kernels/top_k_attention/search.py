@@ -125,7 +125,8 @@ def _last_of_equals(
 @triton.jit(do_not_specialize=RUNTIME)
 def threshold_kernel(
     q, k, first, lowest, last, num_queries, num_keys, num_heads, top_k,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, HELD: tl.constexpr, SHARING: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """lowest and last of each query: -inf and num_keys where it keeps all that it sees."""
     row, m0 = block_of(tl.program_id(0), num_queries, BLOCK_M)
@@ -134,7 +135,7 @@ def threshold_kernel(
     bound = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     end_of_equals = tl.zeros((BLOCK_M,), tl.int32) + num_keys
     if tl.max(high - low, 0) >= top_k:
-        queries, keys = q + row.to(tl.int64) * num_queries * C, k + row.to(tl.int64) * num_keys * C
+        queries, keys = q + row.to(tl.int64) * num_queries * C, k + (row // SHARING).to(tl.int64) * num_keys * C
         q_MC = load_rows(queries, m0, num_queries, C, BLOCK_M, BLOCK_C)
         bound, at_least = _search(
             q_MC, keys, low, high, start, end, num_keys, top_k, C, BLOCK_M, BLOCK_N, BLOCK_C, HELD, PRECISION

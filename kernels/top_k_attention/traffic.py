@@ -20,7 +20,7 @@ FLOAT, INT = 4, 4
 class Shape:
     """B rows of H heads, S queries and M keys, widths C of q and k and D of v; itemsize: bytes of a number. Every query sees > top_k keys.
 
-    selects: not every key is kept.
+    selects: not every key is kept. sharing: heads of q for each one of k and v.
     """
 
     rows: int
@@ -31,6 +31,7 @@ class Shape:
     value_width: int
     itemsize: int
     selects: bool = True
+    sharing: int = 1
 
     @property
     def per_query(self) -> int:
@@ -43,11 +44,11 @@ class Shape:
 
     @property
     def k(self) -> int:
-        return self.rows * self.heads * self.keys * self.width * self.itemsize
+        return self.rows * self.heads // self.sharing * self.keys * self.width * self.itemsize
 
     @property
     def v(self) -> int:
-        return self.rows * self.heads * self.keys * self.value_width * self.itemsize
+        return self.rows * self.heads // self.sharing * self.keys * self.value_width * self.itemsize
 
     @property
     def output(self) -> int:

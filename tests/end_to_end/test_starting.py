@@ -30,6 +30,7 @@ def losses(folder: Path) -> list[float]:
     return [figure for record in records(folder).values() for figure in (record["loss"], record["auxiliary_loss"])]
 
 
+@pytest.mark.timeout(400)  # four starts one after the other: 31 s on idle cores, 150 s where ten others want them
 def test_deepspeed_torchrun_and_plain_python_give_the_same_losses(config: ConfigFile, processes: Processes):
     folders = {name: config.folder.parent / name for name in ("plain", "deepspeed", "torchrun", "alone")}
 

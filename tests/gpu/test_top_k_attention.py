@@ -12,19 +12,19 @@ from tests.gpu.test_kernels import check
 pytestmark = pytest.mark.gpu
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
-# B, H, S, M, C, D, top_k, documents
+# B, H, S, M, C, D, top_k, documents, heads of q for each one of k and v
 SIZES = full_or_tiny(
     (
-        (2, 3, 512, 512, 64, 64, 64, 1),
-        (1, 2, 1000, 1000, 64, 64, 32, 7),
-        (2, 2, 300, 777, 76, 41, 100, 1),
-        (1, 4, 1, 2000, 128, 128, 64, 1),
-        (1, 1, 700, 700, 112, 128, 256, 1),
-        (1, 2, 400, 400, 20, 7, 1, 3),
-        (1, 2, 500, 500, 64, 64, 500, 4),
-        (2, 1, 0, 9, 64, 64, 5, 1),
+        (2, 3, 512, 512, 64, 64, 64, 1, 1),
+        (1, 2, 1000, 1000, 64, 64, 32, 7, 1),
+        (2, 6, 300, 777, 76, 41, 100, 1, 3),
+        (1, 4, 1, 2000, 128, 128, 64, 1, 4),
+        (1, 1, 700, 700, 112, 128, 256, 1, 1),
+        (1, 2, 400, 400, 20, 7, 1, 3, 1),
+        (1, 4, 500, 500, 64, 64, 500, 4, 2),
+        (2, 1, 0, 9, 64, 64, 5, 1, 1),
     ),
-    ((1, 1, 20, 24, 12, 5, 4, 1), (1, 1, 18, 18, 12, 5, 18, 2)),
+    ((1, 2, 20, 24, 12, 5, 4, 1, 2), (1, 1, 18, 18, 12, 5, 18, 2, 1)),
 )
 
 
@@ -40,9 +40,9 @@ def firsts(rows: int, length: int, documents: int, device: torch.device) -> Tens
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_top_k_attention_equals_its_reference(device: torch.device, sizes: tuple[int, ...], dtype: torch.dtype):
     """On a grid, where scores are exact and many are equal."""
-    B, H, S, M, C, D, top_k, documents = sizes
+    B, H, S, M, C, D, top_k, documents, sharing = sizes
     options = {"top_k": top_k, "scale": C**-0.5, "first_BS": firsts(B, S, documents, device)}
-    shapes = {"q": (B, H, S, C), "k": (B, H, M, C), "v": (B, H, M, D)}
+    shapes = {"q": (B, H, S, C), "k": (B, H // sharing, M, C), "v": (B, H // sharing, M, D)}
     leaves = {name: normal(*shape, seed=seed, device=device) for seed, (name, shape) in enumerate(shapes.items())}
     leaves = {name: (on_a_grid(leaf) if name != "v" else leaf).to(dtype) for name, leaf in leaves.items()}
     check(

@@ -1,4 +1,4 @@
-"""What kernels read and write in Triton's interpreter, element by element: for the byte models, and against races.
+"""What kernels read, write and multiply in Triton's interpreter: for the byte models, against races, and for TF32.
 
 The interpreter runs the programs of a launch one after the other, so that two programs which write the same element, a race
 on a GPU, go unnoticed: the second one repairs what the first did. Here they are counted.
@@ -17,13 +17,17 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 @dataclass
 class Launch:
-    """Bytes of one launch: all that its programs asked to read, the distinct ones among them, and the same for writes."""
+    """Bytes of one launch: all that its programs asked to read, the distinct ones among them, and the same for writes.
+
+    precisions: of its products, like "IEEE"; the interpreter itself takes no notice of them.
+    """
 
     kernel: str
     asked: int = 0
     read: int = 0
     asked_to_write: int = 0
     written: int = 0
+    precisions: set[str] = field(default_factory=set)
     _loads: list[tuple[np.ndarray, int]] = field(default_factory=list)
     _stores: list[tuple[np.ndarray, int]] = field(default_factory=list)
 
@@ -37,10 +41,11 @@ class Launch:
 def recorded_launches() -> Iterator[list[Launch]]:
     """Inside, every launch adds itself to the list, in order."""
     launches: list[Launch] = []
-    call, load, store = (
+    call, load, store, dot = (
         GridExecutor.__call__,
         InterpreterBuilder.create_masked_load,
         InterpreterBuilder.create_masked_store,
+        InterpreterBuilder.create_dot,
     )
 
     def launch(self, *args, **kwargs):
@@ -57,10 +62,15 @@ def recorded_launches() -> Iterator[list[Launch]]:
         launches[-1]._stores.append(_touched(ptrs, mask))
         return store(self, ptrs, value, mask, *rest)
 
+    def recorded_dot(self, a, b, d, input_precision, *rest):
+        launches[-1].precisions.add(input_precision.name)
+        return dot(self, a, b, d, input_precision, *rest)
+
     with (
         patch.object(GridExecutor, "__call__", launch),
         patch.object(InterpreterBuilder, "create_masked_load", recorded_load),
         patch.object(InterpreterBuilder, "create_masked_store", recorded_store),
+        patch.object(InterpreterBuilder, "create_dot", recorded_dot),
     ):
         yield launches
 

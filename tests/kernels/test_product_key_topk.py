@@ -1,18 +1,24 @@
 """product_key_topk by every backend, Triton's in the interpreter: the choice against scoring all pairs, scores and gradients against a
 loop in float64 (invariants 1 to 3, 7 and 8 of specs of arXiv 2407.04153, section 6)."""
 
+# pyright: reportArgumentType=false
+# A launch passes numbers where a kernel declares tl.constexpr.
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.product_key_topk import PairChoice, cpu, product_key_topk
 from kernels.product_key_topk.cpu import staircase
+from kernels.product_key_topk.kernel import _id, _pack, _score
 from tests.kernels.compare import assert_same
 
 Run = Callable[..., Any]
@@ -183,6 +189,33 @@ def test_among_equal_scores_the_lowest_expert_id_wins(choose: Choose, num_keys: 
     scores *= torch.randint(0, 2, scores.shape, generator=draws) * 2 - 1
     for found, wanted in zip(choose(scores, picks)[1:], all_pairs(scores, picks)[1:], strict=True):
         assert torch.equal(found, wanted)
+
+
+@triton.jit
+def pack_and_unpack(scores, ids, packed, unpacked, unpacked_ids, N: tl.constexpr):
+    n = tl.arange(0, N)
+    numbers = _pack(tl.load(scores + n), tl.load(ids + n))
+    tl.store(packed + n, numbers)
+    tl.store(unpacked + n, _score(numbers))
+    tl.store(unpacked_ids + n, _id(numbers))
+
+
+def packed(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    found = torch.empty_like(ids, dtype=torch.int64), torch.empty_like(scores), torch.empty_like(ids)
+    pack_and_unpack[(1,)](scores, ids, *found, len(scores))
+    return found
+
+
+def test_packed_numbers_are_in_the_order_of_scores_and_then_of_lower_ids(interpreted: Run) -> None:
+    """A sum of negative products that underflow is -0.0 on a GPU, where the interpreter makes it 0.0: both are one score."""
+    numbers = torch.tensor([-torch.inf, -3e38, -1.0, -1e-38, -1e-45, -0.0, 0.0, 1e-45, 1e-38, 1.0, 3e38, torch.inf])
+    scores = torch.cat([numbers, numbers.flip(0), torch.full((8,), -0.0)])
+    ids = torch.arange(len(scores), dtype=torch.int32)
+    ids[-1] = 2**31 - 2
+    found, unpacked, unpacked_ids = interpreted(packed, scores, ids)
+    assert torch.equal(found.argsort(descending=True), scores.sort(descending=True, stable=True).indices)
+    assert torch.equal(unpacked, scores)
+    assert torch.equal(unpacked_ids, ids)
 
 
 def test_ties_that_only_rounding_makes_leave_the_scores_of_the_choice_right(choose: Choose) -> None:

@@ -129,6 +129,28 @@ def test_autocast_changes_nothing_and_narrow_inputs_give_float32_scores(backend:
     assert_same({name: found[name] for name in forward}, {name: wanted[name] for name in forward})
 
 
+def precisions(inputs: Inputs, allowed: bool) -> list[tuple[str, set[str]]]:
+    """Of each launch of a forward and of a backward pass, by torch's switch."""
+    from tests.kernels.memory import recorded_launches
+
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        with recorded_launches() as launches:
+            by_backend(inputs, "triton")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return [(launch.kernel, launch.precisions) for launch in launches]
+
+
+@pytest.mark.parametrize(("allowed", "precision"), [(False, "IEEE"), (True, "TF32")])
+def test_the_scores_round_to_tf32_only_where_torch_allows_it_and_gradients_never(
+    allowed: bool, precision: str, interpreted: Run
+) -> None:
+    """The backward pass has no products: it adds rows."""
+    wanted = [*zip(KERNELS, ({precision}, set(), set()), strict=True)]
+    assert interpreted(precisions, make_inputs(TINY), allowed) == wanted
+
+
 def asked_for(inputs: Inputs, name: str, backend: str) -> dict[str, Tensor]:
     leaves = [inputs[each].requires_grad_(each == name) for each in LEAVES]
     scores_THK = product_key_topk(*leaves, top_k=4, backend=backend).scores_THK
@@ -184,7 +206,10 @@ def refused(backend: str = "torch", top_k: int = 2, **changes: Tensor) -> str:
         ({"keys": torch.zeros(2, 2, 0, 6)}, ("no size 0 but T", "[2, 2, 0, 6]")),
         ({"keys": torch.zeros(2, 2, 4, 6).double()}, ("one floating-point dtype", "torch.float64", "cast")),
         ({"keys": torch.zeros(2, 2, 4, 6, device="meta")}, ("one device", "meta", "move")),
-        ({"top_k": 17}, ("top_k must be from 1", "got 17 and 4 sub-keys", "at most 16")),
+        ({"top_k": 17}, ("top_k must be a whole number from 1", "got 17 and 4 sub-keys", "at most 16")),
+        ({"top_k": True}, ("whole number", "got True")),
+        ({"top_k": 2.0}, ("whole number", "got 2.0")),
+        ({"queries": torch.zeros(3, 2, 2, 6).int(), "keys": torch.zeros(2, 2, 4, 6).int()}, ("floating-point", "torch.int32", "cast")),
         ({"top_k": 0}, ("got 0",)),
         ({"backend": "cuda"}, ("triton, torch, reference", "'cuda'")),
         ({"backend": "triton"}, ("product_key_topk: the triton backend computes on a GPU",)),

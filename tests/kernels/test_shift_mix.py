@@ -38,9 +38,11 @@ CASES = {
     "B2_S7_D6_X1_shift_2": Case(2, 7, 6, 1, (2,)),
     "B1_S70_D130_X130_shift_33_three_blocks_of_two": Case(1, 70, 130, 130, (33,)),
     "B2_S40_D12_X3_shifts_4_8_1": Case(2, 40, 12, 3, (4, 8, 1), documents=((40,), (33, 6, 1))),
+    "B1_S40_D260_X13_a_factor_across_two_shifts_of_two_blocks": Case(1, 40, 260, 13, (3, 33), documents=((36, 4),)),
     "B3_S37_D5_X5_shift_4_documents": Case(3, 37, 5, 5, (4,), documents=((3, 30, 4), (1,) * 37, (32, 5))),
     "B1_S5_D4_X2_shift_of_the_row": Case(1, 5, 4, 2, (5,)),
     "B2_S5_D4_X1_shift_beyond_the_row": Case(2, 5, 4, 1, (64,), documents=((2, 3), (5,))),
+    "B1_S40_D4_X1_the_largest_shift": Case(1, 40, 4, 1, (2**31 - 1,), documents=((30, 10),)),
     "B1_S1_D1_X1_scalars": Case(1, 1, 1, 1, (1,)),
     "B0_S4_D4_X2_no_rows": Case(0, 4, 4, 2, (1,)),
     "B2_S0_D4_X2_no_positions": Case(2, 0, 4, 2, (1,), documents=((), ())),
@@ -170,6 +172,30 @@ def test_sums_of_sixteen_bits_are_those_of_float32(boundary: str, backend: str, 
     found, wanted = call(by_backend, inputs, backend), loop(inputs)
     assert_same({name: found[name] for name in "ab"}, {name: wanted[name] for name in "ab"}, tolerance=4e-6)
     assert_same({"u": found["u"]}, {"u": wanted["u"]}, tolerance=2.0**-11)
+
+
+@every_boundary
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_factors_of_sixteen_bits_are_mixed_in_float32_and_rounded_once(
+    dtype: torch.dtype, backend: str, boundary: str
+) -> None:
+    """Each number, small or large, is within half of its last bit; 1e-5: what float32 leaves of sums that cancel."""
+    inputs = make_inputs(Case(2, 40, 6, 2, (9,), documents=((40,), (25, 15))), boundary, dtype)
+    inputs |= {name: inputs[name].to(dtype) for name in ("a", "b")}
+    found, wanted = by_backend(inputs, backend), loop(inputs)
+    for name in NAMES:
+        assert found[name].dtype == dtype
+        half_a_bit = torch.finfo(dtype).eps / 2
+        torch.testing.assert_close(found[name].double(), wanted[name], rtol=half_a_bit, atol=1e-5, msg=name)
+
+
+@every_boundary
+def test_a_step_with_factors_of_sixteen_bits_is_mixed_in_float32_and_rounded_once(boundary: str) -> None:
+    inputs = make_inputs(Case(2, 11, 12, 3, (4,)), boundary, torch.bfloat16)
+    inputs |= {name: inputs[name].bfloat16() for name in ("a", "b")}
+    found, _ = decoded(inputs, "torch", torch.bfloat16)
+    torch.testing.assert_close(found.double(), loop(inputs)["output"], rtol=2.0**-8, atol=1e-5)
 
 
 def decoded(inputs: Inputs, backend: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -163,8 +163,17 @@ def refused(backend: str = "torch", **changes: Any) -> str:
         ({"b": torch.ones(3).double()}, ("one dtype", "torch.float64", "cast")),
         ({"shifts": (0,)}, ("at least 1", "(0,)", "[2, 5, 6]")),
         ({"shifts": (1, 2, 4, 8)}, ("the number of shifts divides", "(1, 2, 4, 8)")),
+        ({"shifts": (2.0,)}, ("whole numbers", "(2.0,)")),
+        ({"shifts": (True,)}, ("whole numbers", "(True,)")),
+        ({"shifts": 2}, ("a tuple of whole numbers", "[2, 5, 6] and 2")),
+        ({"u": torch.tensor(1.0)}, ("[B, S, D]", "got []")),
+        ({"u": torch.zeros(2, 5, 6).long()}, ("must be floats", "u torch.int64", "cast")),
+        ({"a": torch.ones(3).int(), "b": torch.ones(3).int()}, ("must be floats", "a and b torch.int32", "cast")),
         ({"boundary": "roll"}, ("zero, self, clamp", "'roll'")),
-        ({"document_ids_BS": torch.zeros(2, 4)}, ("[2, 4]", "[2, 5, 6]", "an id for each position")),
+        ({"document_ids_BS": torch.zeros(2, 4).int()}, ("[2, 4]", "[2, 5, 6]", "an id for each position")),
+        ({"document_ids_BS": torch.zeros(2, 5)}, ("whole numbers", "torch.float32")),
+        ({"document_ids_BS": torch.zeros(2, 5).bool()}, ("whole numbers", "torch.bool")),
+        ({"document_ids_BS": torch.zeros(2, 5, device="meta").int()}, ("on its device", "on meta and u [2, 5, 6] on cpu")),
         ({"backend": "cuda"}, ("triton, torch, reference", "'cuda'")),
         ({"backend": "triton"}, ("shift_mix: the triton backend computes on a GPU",)),
     ],
@@ -174,10 +183,42 @@ def test_what_does_not_fit_is_refused_with_both_values(changes: dict[str, Any], 
     assert all(part in message for part in parts), message
 
 
-def test_a_ring_of_other_rows_or_another_dtype_is_refused() -> None:
-    for ring in (torch.zeros(3, 4, 6), torch.zeros(2, 4, 5), torch.zeros(2, 0, 6), torch.zeros(2, 4, 6).double()):
-        with pytest.raises(ValueError, match="use the ring of these rows"):
-            shift_mix_step(torch.zeros(2, 6), ring, torch.ones(1), torch.ones(1), position=0, backend="torch")
+@pytest.mark.parametrize(
+    "ring",
+    [
+        torch.zeros(3, 4, 6),
+        torch.zeros(2, 4, 5),
+        torch.zeros(2, 0, 6),
+        torch.zeros(2, 6),
+        torch.zeros(2, 6, 4).mT,
+        torch.zeros(2, 4, 6).double(),
+        torch.zeros(2, 4, 6, device="meta"),
+    ],
+    ids=["rows", "width", "no_place", "two_dimensions", "strides", "dtype", "device"],
+)
+def test_a_ring_that_is_not_of_these_rows_is_refused(ring: Tensor) -> None:
+    with pytest.raises(
+        ValueError, match=r"sizes, dtype and device, got \[2, 6\] of torch.float32 on cpu .* use the ring of these rows"
+    ):
+        shift_mix_step(torch.zeros(2, 6), ring, torch.ones(1), torch.ones(1), position=0, backend="torch")
+
+
+@pytest.mark.parametrize("position", [-1, True, 3.0, torch.tensor(3)], ids=str)
+def test_a_position_that_is_no_whole_number_is_refused(position: Any) -> None:
+    ones = torch.ones(1)
+    with pytest.raises(
+        ValueError, match=f"whole number from 0, got .*{position}.*: pass how many tokens were seen before"
+    ):
+        shift_mix_step(torch.zeros(2, 6), torch.zeros(2, 4, 6), ones, ones, position=position, backend="torch")
+
+
+def test_whole_numbers_are_refused_in_a_step() -> None:
+    u, ring, ones = torch.zeros(2, 6), torch.zeros(2, 4, 6), torch.ones(1)
+    for given in ((u.int(), ring.int(), ones, ones), (u, ring, ones.int(), ones.int())):
+        with pytest.raises(
+            ValueError, match=r"u, a and b of shift_mix_step must be floats, got .*torch\.int32.*: cast them"
+        ):
+            shift_mix_step(*given, position=0, backend="torch")
 
 
 def test_a_step_with_another_boundary_is_refused() -> None:

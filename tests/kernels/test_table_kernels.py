@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -236,3 +237,29 @@ def tiles_of(width: int, copies: int) -> list[tuple[int, int, int]]:
 
     tiles = products_tiles(torch.empty(1, width, dtype=torch.bfloat16), copies)
     return [(each.copies, each.columns, each.warps) for each in tiles]
+
+
+def keys_of_tables(sizes: list[int]) -> list[list[str]]:
+    """What the tiles of both passes are kept by, for tables of so many rows; from 8 rows on a table is large."""
+    from kernels.tables import by_row
+
+    found: list[list[str]] = []
+
+    def first(tiles: list[Any], launch: Any, *, key: Any, device: torch.device) -> Any:
+        found[-1].append(str(key))
+        return tiles[0]
+
+    entry_C, ends_R, weights_C = torch.zeros(3, dtype=torch.int64), torch.tensor([3], dtype=torch.int32), torch.ones(3)
+    with patch.object(by_row, "fastest", first), patch.object(by_row, "LARGE_TABLE", 8):
+        for size in sizes:
+            found.append([])
+            by_row.weighted_sums(torch.ones(size, 4), weights_C, entry_C, ends_R, dtype=torch.float32)
+            by_row.products(torch.ones(1, 4), torch.ones(size, 4), entry_C, ends_R)
+    return found
+
+
+def test_a_large_table_takes_the_tiles_that_were_measured_on_a_smaller_one(interpreted: Run) -> None:
+    """model/part_choice.py measures no larger one."""
+    small, large, larger = interpreted(keys_of_tables, [7, 8, 1000])
+    assert len(large) == 2
+    assert small != large == larger

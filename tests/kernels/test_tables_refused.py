@@ -55,6 +55,14 @@ def test_routes_that_do_not_fit_are_refused(change: dict[str, Tensor], words: st
         TableRoutes.of(**given, num_rows=7, num_outputs=4)
 
 
+@pytest.mark.parametrize("name", ["num_rows", "num_outputs"])
+@pytest.mark.parametrize("size", [True, 7.0, -1, torch.tensor(7)], ids=str)
+def test_a_number_of_rows_that_is_no_whole_number_is_refused(name: str, size: Any):
+    none, sizes = torch.empty(0, dtype=torch.int64), {"num_rows": 7, "num_outputs": 7, name: size}
+    with pytest.raises(ValueError, match=rf"{name} of TableRoutes must be a whole number from 0, got .*{size}"):
+        TableRoutes.of(none, none, none, num_rows=sizes["num_rows"], num_outputs=sizes["num_outputs"])
+
+
 def test_as_many_copies_as_their_order_has_no_numbers_for_are_refused():
     """Tensors without memory; the kernels count places beyond the last copy."""
     ids_C = torch.empty(2**31 - 4096, dtype=torch.int64, device="meta")

@@ -24,7 +24,7 @@ class Case:
     """B rows, H heads, S queries, M keys, widths C and D. first: of each row, the ends of its documents. values: "normal"; "tied", of
     -1, 0 and 1; "equal", all keys the same; "one place", every 16th key better than all others.
 
-    held: what the search holds of each of the 16 places of a tile.
+    held: what the search holds of each of the 16 places of a tile. sharing: heads of q for each one of k and v.
     """
 
     sizes: tuple[int, int, int, int, int, int]
@@ -32,6 +32,7 @@ class Case:
     documents: tuple[tuple[int, ...], ...] | None = None
     values: str = "normal"
     held: int = 2
+    sharing: int = 1
 
 
 CASES = {
@@ -48,6 +49,8 @@ CASES = {
     "S36_M50_tied_in_documents_one_kept": Case((1, 1, 50, 50, 3, 5), 1, documents=((30, 50),), values="tied"),
     "S24_M40_all_keys_equal": Case((1, 1, 24, 40, 4, 4), 9, values="equal"),
     "S20_M100_one_place_has_the_best": Case((1, 1, 20, 100, 8, 4), 6, values="one place"),
+    "S33_M40_each_two_of_four_heads_share": Case((1, 4, 33, 40, 6, 4), 7, sharing=2),
+    "S40_documents_all_heads_share_tied": Case((2, 2, 40, 40, 4, 3), 5, ((3, 20, 40), (33, 34, 40)), "tied", sharing=2),
     "S0_M5_no_queries": Case((1, 2, 0, 5, 8, 4), 3),
     "B0_no_rows": Case((0, 2, 6, 6, 8, 4), 3),
 }
@@ -61,7 +64,8 @@ def make_inputs(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Any
         normal = torch.randn(*shape, generator=generator)
         return (normal.clamp(-1.4, 1.4).round() if case.values == "tied" else normal).to(dtype)
 
-    k = draw(B, H, M, C)
+    G = H // case.sharing
+    k = draw(B, G, M, C)
     if case.values == "equal":
         k = k[:, :, :1].expand(-1, -1, M, -1)
     q = draw(B, H, S, C)
@@ -75,7 +79,7 @@ def make_inputs(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Any
     return {
         "q": q,
         "k": k,
-        "v": draw(B, H, M, D),
+        "v": draw(B, G, M, D),
         "gradient": draw(B, H, S, D),
         "top_k": case.top_k,
         "first_BS": first_BS,
@@ -111,14 +115,15 @@ def by_loop(inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 def loop(q: Tensor, k: Tensor, v: Tensor, *, top_k: int, first_BS: Tensor | None) -> Tensor:
     B, H, S, _ = q.shape
-    earlier, rows = k.shape[2] - S, []
+    earlier, sharing, rows = k.shape[2] - S, H // k.shape[1], []
     for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in (B, H, S))).tolist():
         lowest = 0 if first_BS is None else int(first_BS[b, i])
-        scores = (k[b, h].detach() @ q[b, h, i].detach()).tolist()
+        keys_MC, values_MD = k[b, h // sharing], v[b, h // sharing]
+        scores = (keys_MC.detach() @ q[b, h, i].detach()).tolist()
         seen = range(lowest, earlier + i + 1)
         keys = torch.tensor(sorted(seen, key=lambda j: (-scores[j], j))[:top_k], dtype=torch.int64)
-        weights = (SCALE * (k[b, h, keys] @ q[b, h, i])).softmax(0)
-        rows.append(weights @ v[b, h, keys])
+        weights = (SCALE * (keys_MC[keys] @ q[b, h, i])).softmax(0)
+        rows.append(weights @ values_MD[keys])
     nothing = 0 * (q.sum() + k.sum() + v.sum())  # in the graph, also without rows
     return torch.stack([*rows, v.new_zeros(v.shape[-1])])[:-1].view(B, H, S, -1 if rows else v.shape[-1]) + nothing
 
@@ -144,14 +149,15 @@ def test_the_other_backends_equal_the_loop_in_float64(name: str, backend: str) -
     sizes=st.tuples(*(st.integers(1, most) for most in (2, 1, 34, 20, 20))),
     earlier=st.integers(0, 20),
     top_k=st.integers(1, 30),
+    sharing=st.integers(1, 3),
     held=st.integers(1, 3),
     values=st.sampled_from(["normal", "tied"]),
 )
 def test_any_shape_equals_the_loop(
-    interpreted: Run, sizes: tuple[int, ...], earlier: int, held: int, **case: Any
+    interpreted: Run, sizes: tuple[int, ...], earlier: int, sharing: int, held: int, **case: Any
 ) -> None:
-    B, H, S, C, D = sizes
-    inputs = make_inputs(Case((B, H, S, S + earlier, C, D), **case))
+    B, G, S, C, D = sizes
+    inputs = make_inputs(Case((B, G * sharing, S, S + earlier, C, D), sharing=sharing, **case))
     assert_same(interpreted(by_kernel, inputs, held), by_loop(inputs), tolerance=4e-6)
 
 
@@ -225,6 +231,30 @@ def test_nan_in_a_query_or_a_key_is_seen_in_the_output_and_nowhere_else(interpre
         inputs[name][0, 0, place] = float("nan")
         output = interpreted(by_kernel, inputs)["output"]
         assert output.isnan().any(-1).nonzero()[:, -1].tolist() == reached
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_a_score_of_minus_infinity_has_no_weight_and_a_query_with_no_other_gives_zeros(
+    backend: str, interpreted: Run
+) -> None:
+    """All products of query 7 overflow, and those of query 8 with even keys. In float64 they do not."""
+    inputs = make_inputs(Case((1, 2, 20, 30, 8, 5), 12))
+    inputs["k"] = inputs["k"].abs() + 1.0
+    inputs["k"][..., 0] = torch.tensor([2.0, 0.0]).repeat(15)
+    inputs["q"][:, :, 7] = -3e38
+    inputs["q"][:, :, 8] = torch.tensor([-3e38, *[0.0] * 7])
+    inputs["gradient"][:, :, 8] = 0.0  # it would be multiplied by 3e38
+    blind = inputs["gradient"].clone()
+    blind[:, :, 7] = 0.0
+    wanted = by_loop(inputs | {"gradient": blind})
+    wanted["output"][:, :, 7] = 0.0
+    if backend == "triton":
+        found = interpreted(by_kernel, inputs)
+    else:
+        found = with_gradients(
+            inputs, lambda *args, **rest: top_k_attention(*args, scale=SCALE, backend=backend, **rest)
+        )
+    assert_same(found, wanted, tolerance=4e-6)
 
 
 def twice(inputs: dict[str, Any]) -> bool:

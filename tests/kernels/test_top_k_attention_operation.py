@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,10 +17,11 @@ Run = Callable[..., Any]
 INPUTS = ("q", "k", "v")
 SMALL = Case((1, 2, 20, 24, 6, 5), 4)
 ALL = Case((1, 2, 20, 24, 6, 5), 24)
+SHARED = Case((1, 2, 20, 24, 6, 5), 4, sharing=2)
 
 
 def shape_of(case: Case) -> Shape:
-    return Shape(*case.sizes, itemsize=4, selects=case.top_k < case.sizes[3])
+    return Shape(*case.sizes, itemsize=4, selects=case.top_k < case.sizes[3], sharing=case.sharing)
 
 
 def count_bytes(inputs: dict[str, Any]) -> list[Any]:
@@ -33,7 +33,7 @@ def count_bytes(inputs: dict[str, Any]) -> list[Any]:
     return launches
 
 
-@pytest.mark.parametrize("case", [SMALL, ALL], ids=["selects", "all_keys"])
+@pytest.mark.parametrize("case", [SMALL, ALL, SHARED], ids=["selects", "all_keys", "shared"])
 def test_the_byte_model_is_what_the_kernels_touch_and_nothing_is_written_twice(case: Case, interpreted: Run) -> None:
     found = interpreted(count_bytes, make_inputs(case))
     wanted = [*traffic.forward(shape_of(case)).values(), *traffic.backward(shape_of(case)).values()]
@@ -92,9 +92,9 @@ def checked_by_torch(inputs: dict[str, Any], first: bool) -> str:
     return str(torch.library.opcheck(forward_op, arguments, raise_exception=False))
 
 
-@pytest.mark.parametrize("case", [SMALL, ALL], ids=["selects", "all_keys"])
+@pytest.mark.parametrize("case", [SHARED, ALL], ids=["selects", "all_keys"])
 def test_torch_finds_nothing_wrong_with_the_operation(case: Case, interpreted: Run) -> None:
-    found = interpreted(checked_by_torch, make_inputs(case), case is SMALL)
+    found = interpreted(checked_by_torch, make_inputs(case), case is SHARED)
     assert found.count("'SUCCESS'") == 4, found
 
 
@@ -125,30 +125,29 @@ def test_one_gradient_alone_is_the_same(name: str, interpreted: Run) -> None:
     )
 
 
-def precisions(inputs: dict[str, Any]) -> list[str]:
-    """Of the forward and of the backward pass, between which torch's switch is turned."""
-    from kernels.top_k_attention import kernel
-
-    seen: list[str] = []
-
-    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, precision: str, **rest: Any) -> Any:
-            seen.append(precision)
-            return function(*args, precision=precision, **rest)
-
-        return call
+def precisions(inputs: dict[str, Any], allowed: bool) -> list[tuple[str, set[str]]]:
+    """Of each launch of a forward and of a backward pass, between which torch's switch is turned."""
+    from tests.kernels.memory import recorded_launches
 
     leaves = [inputs[name].requires_grad_() for name in INPUTS]
-    with patch.multiple(kernel, forward=watched(kernel.forward), backward=watched(kernel.backward)):
-        output = top_k_attention(*leaves, top_k=4, scale=SCALE, backend="triton")
-        torch.backends.cuda.matmul.allow_tf32 = True
-        output.sum().backward()
-        torch.backends.cuda.matmul.allow_tf32 = False
-    return seen
+    matmul = torch.backends.cuda.matmul
+    try:
+        with recorded_launches() as launches:
+            matmul.allow_tf32 = allowed
+            output = top_k_attention(*leaves, top_k=4, scale=SCALE, backend="triton")
+            matmul.allow_tf32 = not allowed
+            output.backward(inputs["gradient"])
+    finally:
+        matmul.allow_tf32 = False
+    return [(launch.kernel, launch.precisions) for launch in launches]
 
 
-def test_backward_chooses_by_products_of_the_same_precision_as_forward(interpreted: Run) -> None:
-    assert interpreted(precisions, make_inputs(SMALL)) == ["ieee", "ieee"]
+@pytest.mark.parametrize(("allowed", "precision"), [(False, "IEEE"), (True, "TF32")])
+def test_products_round_as_torch_allowed_at_the_call_also_in_a_later_backward(
+    allowed: bool, precision: str, interpreted: Run
+) -> None:
+    kernels = ("threshold_kernel", "_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel")
+    assert interpreted(precisions, make_inputs(SMALL), allowed) == [(kernel, {precision}) for kernel in kernels]
 
 
 def strided(inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -221,6 +220,12 @@ def test_what_the_kernel_does_not_serve_is_refused(
     ("options", "words"),
     [
         ({"backend": "cuda"}, "must be one of triton, torch, reference, got 'cuda'"),
+        (
+            {"backend": "torch", "top_k": True},
+            "top_k must be a whole number of kept keys >= 1, or None or 0 for all keys, not True",
+        ),
+        ({"backend": "torch", "top_k": 2.5}, "not 2.5"),
+        ({"backend": "torch", "top_k": -1}, "not -1"),
         ({"backend": "triton"}, "the triton backend computes on a GPU, got tensors on cpu"),
         (
             {"backend": "reference", "relative": RELATIVE},
@@ -236,6 +241,15 @@ def test_what_the_kernel_does_not_serve_is_refused(
 )
 def test_bad_input_is_one_sentence_with_the_remedy(options: dict[str, Any], words: str) -> None:
     assert words in refused(make_inputs(SMALL), options)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_whole_numbers_are_no_queries_keys_or_values(name: str, backend: str) -> None:
+    inputs = make_inputs(SMALL)
+    message = refused(inputs | {name: (9 * inputs[name]).int()}, {"backend": backend})
+    assert "must have floating-point dtypes" in message
+    assert "torch.int32" in message
 
 
 @pytest.mark.parametrize("length", [20, 150, 1003])

@@ -112,6 +112,23 @@ def test_another_device_or_compiler_is_measured_again(
     assert len(decisions()) == 2
 
 
+def test_where_products_round_to_tf32_tiles_are_measured_again(measured: list[str]) -> None:
+    """By either of torch's switches, of which the second is the older one."""
+    before = torch.get_float32_matmul_precision()
+    fastest(list(MILLISECONDS), measured.append, key="op", device=GPU)
+    try:
+        torch.set_float32_matmul_precision("high")
+        fastest(list(MILLISECONDS), measured.append, key="op", device=GPU)
+        assert len(measured) == 6
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.allow_tf32 = True
+        fastest(list(MILLISECONDS), measured.append, key="op", device=GPU)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(measured) == 6
+    assert len(decisions()) == 2
+
+
 def test_a_decision_has_the_same_name_in_every_process(measured: list[str]) -> None:
     """Python's own hash of a text would not."""
     fastest(list(MILLISECONDS), measured.append, key=("op", 16), device=GPU)

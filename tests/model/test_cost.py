@@ -75,7 +75,8 @@ def made(kind: type[LayerSection], *, by_elements: int, besides: int, **settings
 switchhead, sigma_moe, peer, pkm, hsm = (partial(made, kind) for kind in DEFAULTS)
 
 
-# In besides: attention's probabilities, H * (1 + memory_blocks) * 8 of them, less the output, 6, once for each head that makes a part.
+# In besides: attention's probabilities, H * (1 + memory_blocks) * 8 of them, less the output, 6, once for each head that makes a part; of
+# product keys the H K picks, three numbers each, less all sub-scores, 2 H J.
 LAYERS = {
     "attention_rope": Layer(AttentionConfig(num_heads=2, head_dim=4), 0, 16 - 6),
     "attention_grouped": Layer(AttentionConfig(num_heads=4, head_dim=4, num_kv_heads=2, memory_blocks=2), 0, 96 - 6),
@@ -98,9 +99,9 @@ LAYERS = {
     "hsm_gate": hsm(variant="single_gate", by_elements=12, besides=6),
     "hsm_gates": hsm(variant="double_gate", by_elements=12, besides=6),
     "hsm_fusion": hsm(variant="fusion", hidden_dim=7, by_elements=0, besides=6 - 6),
-    "hsm_constant": hsm(by_elements=12, besides=6),
-    "hsm_vector": hsm(variant="vector", by_elements=12, besides=6),
-    "hsm_heads": hsm(variant="multihead", num_heads=2, by_elements=12, besides=6),
+    "hsm_constant": hsm(by_elements=12, besides=0),
+    "hsm_vector": hsm(variant="vector", by_elements=12, besides=0),
+    "hsm_heads": hsm(variant="multihead", num_heads=2, by_elements=12, besides=0),
     "sigma_moe": sigma_moe(by_elements=4, besides=-6),
     "sigma_moe_shared": sigma_moe(num_shared_experts=2, by_elements=4, besides=-12),
     "sigma_moe_averages": sigma_moe(router="average_keys", by_elements=4, besides=-6),
@@ -109,10 +110,12 @@ LAYERS = {
     "dense_mlp": Layer(DenseMLPConfig(hidden_dim=9), 0, -6),
     "dense_mlp_gated": Layer(DenseMLPConfig(hidden_dim=9, activation="swiglu", bias=True), 0, -6),
     "dense_mlp_plain": Layer(DenseMLPConfig(hidden_dim=9, bias=False), 0, -6),
-    "peer": peer(top_k=3, by_elements=78, besides=6),
-    "peer_own_keys": peer(top_k=1, shared_keys=False, query_norm="layer", scores="relu", by_elements=26, besides=2),
-    "pkm": pkm(key_dim=4, query_norm="batch", shared_keys=True, by_elements=48, besides=0),
-    "pkm_gated": pkm(gated=True, query_norm="layer", by_elements=48, besides=6 - 6),
+    "peer": peer(top_k=3, by_elements=78, besides=6 + 18 - 16),
+    "peer_own_keys": peer(
+        top_k=1, shared_keys=False, query_norm="layer", scores="relu", by_elements=26, besides=2 + 6 - 16
+    ),
+    "pkm": pkm(key_dim=4, query_norm="batch", shared_keys=True, by_elements=48, besides=24 - 12),
+    "pkm_gated": pkm(gated=True, query_norm="layer", by_elements=48, besides=6 - 6 + 24 - 12),
     "pkm_all": pkm(top_k=None, by_elements=0, besides=18 - 6),
     "pkm_all_relu": pkm(top_k=None, scores="relu", by_elements=0, besides=9 - 6),
 }
@@ -206,7 +209,7 @@ def test_our_counting_is_what_a_forward_pass_writes_besides_its_output(layer: La
 def test_top_k_attention_reads_only_the_kept_keys(top_k: int):
     full, kept = (of(AttentionConfig(num_heads=2, head_dim=4, memory_blocks=1, attend_top_k=k)) for k in (None, top_k))
     assert full.work.macs - kept.work.macs == 2 * 4 * LENGTH * (2 * LENGTH - top_k)
-    assert full.work.floats - kept.work.floats == 2 * LENGTH * (2 * LENGTH - top_k)
+    assert full.work.floats - kept.work.floats == 2 * 2 * LENGTH * (2 * LENGTH - top_k)
 
 
 def test_top_k_activation_works_with_the_kept_rows_of_the_second_matrix():

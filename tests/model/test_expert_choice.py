@@ -24,7 +24,7 @@ BANKS = {bank.label: bank for bank in [*SWITCHHEAD.banks(PLACE), *MLP.banks(PLAC
 
 def work_of(label: str, dtype: torch.dtype = torch.float32, **changes: object) -> BankWork:
     bank = BANKS[label]
-    return replace(BankWork(bank, tokens=11, num_groups=bank.num_groups, whole=True, dtype=dtype), **changes)
+    return replace(BankWork(bank, tokens=11, num_groups=bank.num_groups, exchange=None, dtype=dtype), **changes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -53,7 +53,7 @@ def test_the_work_is_of_the_sizes_that_a_layer_of_the_run_has(label: str):
 @pytest.mark.parametrize("label", BANKS)
 def test_a_rank_with_a_part_of_the_groups_is_measured_with_that_part(label: str):
     for num_groups in (1, 3):
-        _, _, *weights, gates = work_of(label, num_groups=num_groups, whole=False).work("reference", device=CPU)()
+        _, _, *weights, gates = work_of(label, num_groups=num_groups, exchange="tokens").work("reference", device=CPU)()
         assert {len(weight) for weight in weights} == {num_groups}
         assert gates.numel() == 11 * BANKS[label].num_heads * BANKS[label].top_k  # the copies of a rank with its share
 
@@ -61,7 +61,7 @@ def test_a_rank_with_a_part_of_the_groups_is_measured_with_that_part(label: str)
 def test_triton_is_a_candidate_where_it_runs_and_all_experts_of_a_head_where_they_are_here(monkeypatch):
     monkeypatch.setattr(expert_choice, "why_not_triton", lambda device_type: None)
     assert work_of("value", torch.bfloat16).candidates("cuda") == ["triton", "triton_dense", "torch"]
-    assert work_of("value", torch.bfloat16, whole=False).candidates("cuda") == ["triton", "torch"]
+    assert work_of("value", torch.bfloat16, exchange="tokens").candidates("cuda") == ["triton", "torch"]
     assert work_of("mlp", torch.bfloat16).candidates("cuda") == ["triton", "torch"]
     assert work_of("mlp", torch.float32).candidates("cuda") == ["triton"]
     monkeypatch.setattr(expert_choice, "why_not_triton", lambda device_type: "no Triton here")
@@ -116,9 +116,10 @@ def test_what_tells_two_works_apart_is_in_their_names():
         work_of("mlp", torch.bfloat16),
         replace(base, tokens=12),
         replace(base, num_groups=2),
-        replace(base, whole=False),
+        replace(base, exchange="tokens"),
+        replace(base, exchange="weights"),
         replace(base, keep_hidden=True),
         replace(base, bank=replace(base.bank, top_k=1)),
         replace(base, bank=replace(base.bank, group_numel=2 * 24 * 8)),
     ]
-    assert len({str(work) for work in [base, *others]}) == 9
+    assert len({str(work) for work in [base, *others]}) == 10

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from kernels import top_k_attention
+from kernels.tables.routes import LARGE_TABLE
 from model.config import ModelConfig
 from model.context import BatchContext
 from model.parameters import materialize
-from model.part_choice import MAX_TABLE_ROWS, Sizes, part_works, table_work
+from model.part_choice import Sizes, part_works, table_work
 from model.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -75,10 +76,21 @@ def test_each_work_gives_what_the_reference_gives_forward_and_backward(columns: 
 def test_a_table_is_measured_with_the_columns_that_are_here_and_not_beyond_what_matters():
     (bank,) = {bank.shape for bank in model_of().config.banks() if bank.shape.name == "experts"}
     output, rows, up, down, gates = table_work(bank, SIZES, num_rows=40, columns=2).work("torch", device=CPU)()
-    assert output.shape == rows.shape == (24, 12)
+    assert output.shape == rows.shape == (2 * 24, 12)  # of each of the two ranks that share the columns, all tokens
     assert up.shape == down.shape == (40, 12)
-    assert gates.shape == (24 * 2 * 3,)
-    assert str(MAX_TABLE_ROWS) in str(table_work(bank, SIZES, num_rows=MAX_TABLE_ROWS + 1, columns=1))
+    assert gates.shape == (2 * 24 * 2 * 3,)
+    assert str(LARGE_TABLE) in str(table_work(bank, SIZES, num_rows=LARGE_TABLE + 1, columns=1))
+
+
+def test_rows_arrive_from_every_rank_whose_tokens_chose_of_these():
+    """Against a draw: of 6 ranks, 3 ranges of rows of 2 columns, each with 500 tokens of 2 x 3 choices."""
+    (bank,) = {bank.shape for bank in model_of().config.banks() if bank.shape.name == "experts"}
+    sizes, generator = Sizes(rows=1, length=500, dtype=torch.float32), torch.Generator().manual_seed(1)
+    range_TK = torch.randint(3, (6 * 500, 2 * 3), generator=generator)
+    received, copies = int((range_TK == 0).any(1).sum()), int((range_TK == 0).sum())
+    output, *_, gates = table_work(bank, sizes, num_rows=64, ranges=3, columns=2).work("torch", device=CPU)()
+    assert len(output) == pytest.approx(received, rel=0.03)
+    assert len(gates) == pytest.approx(copies, rel=0.03)
 
 
 def test_what_torch_computes_by_itself_is_no_part():

@@ -159,13 +159,18 @@ def test_a_query_that_sees_nothing_gives_exact_zeros_and_gets_zero_gradients():
         assert all(gradient.count_nonzero() == 0 for gradient in gradients)
 
 
-def test_expanded_heads_are_grouped_queries():
-    mask = causal(12)
-    q = normal(2, 6, 12, WIDTH).requires_grad_()
-    k, v = (normal(2, 2, 12, WIDTH, seed=seed).requires_grad_() for seed in (1, 2))
-    expanded = [x[:, :, None].expand(-1, -1, 3, -1, -1).flatten(1, 2) for x in (k, v)]
-    per_head = [dense([q[:, [h]], k[:, [h // 3]], v[:, [h // 3]]], mask, top_k=3) for h in range(6)]
-    assert_same(attend([q, *expanded], mask, top_k=3), torch.cat(per_head, dim=1), [q, k, v])
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_grouped_queries_share_keys_and_values_also_by_distance(num_heads: int, top_k: int | None):
+    mask = causal(12, 2)
+    q, k, v, q_position, r = operands(mask, relative=True, heads=6)
+    k, v = (x[:, :num_heads].detach().requires_grad_() for x in (k, v))
+    heads = [(h, h * num_heads // 6) for h in range(6)]
+    per_head = [
+        dense([q[:, [h]], k[:, [g]], v[:, [g]], q_position[:, [h]], r[[h]]], mask, top_k=top_k) for h, g in heads
+    ]
+    inputs = [q, k, v, q_position, r]
+    assert_same(attend(inputs, mask, top_k=top_k), torch.cat(per_head, dim=1), inputs)
 
 
 @pytest.mark.parametrize(
@@ -176,15 +181,19 @@ def test_expanded_heads_are_grouped_queries():
         ({"scale": 0.0}, ["scale must be above 0", "0.0"]),
         ({"mask": causal(12, 1)}, ["q (2, 2, 12, 5)", "S = 12 and M = 13"]),
         ({"mask": causal(11, 1)}, ["q (2, 2, 12, 5)", "S = 11 and M = 12"]),
-        ({"k_BHMC": torch.zeros(2, 1, 12, WIDTH)}, ["k (2, 1, 12, 5)", "expand k and v to the heads of q"]),
-        ({"v_BHMC": torch.zeros(2, 2, 11, WIDTH)}, ["v (2, 2, 11, 5)", "(B, H, M, D)"]),
+        ({"k_BGMC": torch.zeros(2, 1, 12, WIDTH)}, ["k (2, 1, 12, 5)", "v (2, 2, 12, 5)", "reshape one of them"]),
+        (
+            {name: torch.zeros(2, 3, 12, WIDTH) for name in ("k_BGMC", "v_BGMC")},
+            ["k (2, 3, 12, 5)", "H a multiple of G"],
+        ),
+        ({"v_BGMC": torch.zeros(2, 2, 11, WIDTH)}, ["v (2, 2, 11, 5)", "(B, G, M, D)"]),
         ({"relative": (torch.zeros(2, 2, 12, WIDTH), torch.zeros(2, 23, WIDTH))}, ["(2, 12, 5)", "(2, 23, 5)"]),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, dict) else "",
 )
 def test_what_does_not_fit_is_an_error_that_names_it(change, words):
     q, k, v = operands(causal(12))
-    settings = {"mask": causal(12), "top_k": 3, "chunk": 4, "scale": 1.0, "q_BHSC": q, "k_BHMC": k, "v_BHMC": v}
+    settings = {"mask": causal(12), "top_k": 3, "chunk": 4, "scale": 1.0, "q_BHSC": q, "k_BGMC": k, "v_BGMC": v}
     with pytest.raises(ValueError) as error:
         top_k_attend(**(settings | change))  # type: ignore[arg-type]
     assert all(word in str(error.value) for word in words), error.value

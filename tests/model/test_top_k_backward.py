@@ -12,7 +12,7 @@ from model.context import keep_at, keep_mask
 from model.mask import KeyMask
 from model.top_k_attention import AttentionDropout, top_k_attend
 from tests.model.build import context, normal
-from tests.model.top_k_by_hand import NAMES, assert_same, attend, causal, dense, operands, weights_of
+from tests.model.top_k_by_hand import NAMES, WIDTH, assert_same, attend, causal, dense, operands, weights_of
 
 
 @pytest.mark.parametrize("top_k", [None, 3])
@@ -121,6 +121,16 @@ def test_invariant_9_nothing_is_larger_than_one_chunk_of_scores_and_what_is_kept
         selecting = length - 8 if top_k == 8 else 0  # the first chunk reaches 8 keys and keeps them all
         assert kept == 2 * selecting * 8 * (4 + 4)
         assert dtypes == ({torch.float32, torch.int32} if selecting else set())
+
+
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_keys_and_values_that_eight_heads_share_are_not_copied_for_them(top_k):
+    """The scores of one query per head are a fifth of the keys, were they expanded."""
+    mask = causal(1, 63)
+    inputs = [*operands(mask, batch=1, heads=8)[:1], *operands(mask, batch=1, heads=1)[1:]]
+    with LargestTensor() as largest:
+        attend(inputs, mask, top_k=top_k).sum().backward()
+    assert largest.numel <= 8 * 64 < 8 * 64 * WIDTH
 
 
 def test_under_autocast_products_and_selection_are_still_in_float32():

@@ -13,27 +13,28 @@ from model.expert_choice import BankWork
 from model.parameters import ExpertBank
 from tests.train.tiny_job import ALONE, tiny_config, write_shards
 from train import backends
-from train.backends import bank_works, by_layers, choose_backends
+from train.backends import by_layers, choose_backends
 from train.build import build_model, choose_exchanges, load_model
 from train.config import Layout
 from train.engine import LocalMesh
 from train.run import run
 from train.run_folder import RunFolder
+from train.works import bank_works
 
 CPU = torch.device("cpu")
 
 
 class SecondRank(LocalMesh):
-    """Of two: it is told what rank 0 found."""
+    """Of two: it is told what rank 0 says, one thing after the other."""
 
     rank, world_size = 1, 2
 
-    def __init__(self, told) -> None:
+    def __init__(self, *told) -> None:
         super().__init__(CPU)
-        self.told = told
+        self.told = iter(told)
 
     def all_gather_object(self, value):
-        return [self.told, value]
+        return [next(self.told), value]
 
 
 @pytest.fixture
@@ -127,8 +128,9 @@ def test_the_other_ranks_take_what_rank_zero_found_and_measure_nothing(config, m
     works = works_of(config)
     of_zero = choose_backends(config, works, LocalMesh(CPU))
     measured.clear()
+    serving = {name: ["loop", "torch"] for name in of_zero.seconds}
     told = [{name: {"reference": 1.0} for name in of_zero.seconds}, {"a GPU: op": 2}]
-    chosen = choose_backends(config, works, SecondRank(told))
+    chosen = choose_backends(config, works, SecondRank(serving, told))
     assert not measured
     assert set(chosen.of_module.values()) == {"reference"}
     assert chosen.tiles == {"a GPU: op": 2}
@@ -189,7 +191,7 @@ def test_a_rank_is_measured_with_what_it_holds(config):
         assert (work.num_groups, work.whole) == (-(-alone[path].num_groups // 2), False)
         assert work.tokens == alone[path].tokens // 2
     for path, work in works_of(weights, ep_size=2, processes=2).items():
-        assert (work.num_groups, work.whole) == (alone[path].num_groups, True)
+        assert (work.num_groups, work.whole) == (-(-alone[path].num_groups // 2) * 2, True)
 
 
 def test_the_tokens_are_those_of_a_micro_step_and_of_memory_up_to_a_limit(config):
@@ -215,6 +217,19 @@ def test_the_setting_of_the_hidden_activations_is_measured_too(config):
     changed = config.model_copy(update={"model": config.model.model_copy(update={"sigma_moe": kept})})
     assert {work.keep_hidden for work in works_of(changed).values() if work.bank.label == "mlp"} == {True}
     assert {work.keep_hidden for work in works_of(config).values()} == {False}
+
+
+@pytest.mark.parametrize(("named", "precision"), [("", "highest"), (", tf32", "high")])
+def test_another_rounding_of_a_gpu_is_measured_for_itself(config, monkeypatch, named: str, precision: str):
+    """What torch.set_float32_matmul_precision, or the environment, may have changed between two starts."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    (work, *_) = works_of(config).values()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert backends._described(work, torch.device("cuda")) == f"a GPU, torch {torch.__version__}{named}: {work}"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_run_tells_the_kernels_the_tiles_that_were_kept(config, measured):

@@ -10,10 +10,10 @@ from model.part_choice import PartWork
 from parallel.volume import BankExchange, Mode
 from tests.train.tiny_job import tiny_config, write_shards
 from train import build
-from train.backends import table_works
 from train.build import build_model, choose_kernels
 from train.config import Layout
 from train.engine import LocalMesh
+from train.works import table_works
 
 CPU, ALONE = torch.device("cpu"), Layout(ep_size=1, node_size=1)
 RELATIVES = {

@@ -14,12 +14,14 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.train.thread_mesh import try_ranks
 from tests.train.tiny_job import ALONE, records, tiny_config, write_shards
+from train import run_lock
 from train.engine import LocalMesh
 from train.run import run
 from train.run_lock import hold, hold_together
@@ -190,3 +192,20 @@ def test_a_second_run_on_a_folder_is_refused_and_changes_nothing(tmp_path: Path,
         assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
     run(tiny_config(tmp_path, run={"steps": 5}), ALONE)
     assert [record["step"] for record in records(tmp_path)] == [3, 5]
+
+
+def test_a_start_that_waited_takes_the_kernels_that_the_one_before_has_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch_as_it_was
+):
+    """The one before writes them while this one waits for its end."""
+    write_shards(tmp_path / "shards", seed=1)
+    kept, held = {"seconds": {}, "tiles": {"a GPU: op": 1}}, contextlib.ExitStack()
+    held.enter_context(hold(tmp_path / "run"))
+
+    def ends(seconds: float) -> None:
+        (tmp_path / "run" / "kernels.json").write_text(json.dumps(kept))
+        held.close()
+
+    monkeypatch.setattr(run_lock, "time", SimpleNamespace(monotonic=time.monotonic, sleep=ends))
+    run(tiny_config(tmp_path), ALONE)
+    assert json.loads((tmp_path / "run" / "kernels.json").read_text())["tiles"] == kept["tiles"]

@@ -1,0 +1,99 @@
+"""What each bank of experts, table and other part of a model does on one rank in a training micro-step, to be measured.
+
+Owns: the sizes and dtypes that follow from a run's config and layout. Does not own: the works themselves (model/expert_choice.py,
+model/part_choice.py), which backend they get (train/backends.py). Called by train/build.py.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from model.expert_choice import BankWork
+from model.part_choice import PartWork, Sizes, part_works, table_work
+from model.transformer import Transformer
+from model.work import Work
+from train.config import Config, Layout
+
+if TYPE_CHECKING:
+    from parallel.volume import BankExchange
+
+MAX_TOKENS = {
+    "cpu": 2048,
+    "cuda": 65536,
+}  # of a measurement: a pass of 2,048 tokens through a 47M layer is 0.2 s on a CPU
+
+
+def works_of(
+    config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", model: Transformer, *, processes: int
+) -> dict[str, Work]:
+    """By path, everything in the model, not yet narrowed, that has backends. exchanges: by path, empty without expert parallelism."""
+    return {
+        **bank_works(config, layout, exchanges, processes=processes),
+        **table_works(config, layout, exchanges, processes=processes),
+        **part_works(model, sizes_of(config, processes=processes)),
+    }
+
+
+def sizes_of(config: Config, *, processes: int) -> Sizes:
+    """What one of the processes works on in a training micro-step, or as much of it as is worth measuring."""
+    rows, most = _micro_rows(config) // processes, _most_tokens(config)
+    length = min(config.data.sequence_length, most)
+    return Sizes(min(rows, most // length), length, getattr(torch, config.run.dtype), documents=config.mask_documents)
+
+
+def _micro_rows(config: Config) -> int:
+    return config.data.global_batch_size // config.optim.accumulation_steps
+
+
+def _most_tokens(config: Config) -> int:
+    return MAX_TOKENS["cuda" if config.run.device == "cuda" else "cpu"]
+
+
+def bank_works(
+    config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int
+) -> dict[str, BankWork]:
+    """What each bank but tables does in a training micro-step on one of the processes, or with a part of it where that comes in parts."""
+    tokens = min(_micro_rows(config) // processes * config.data.sequence_length, _most_tokens(config))
+    mlp = config.model.sigma_moe
+    works = {}
+    for bank in config.model.banks():
+        if bank.shape.is_table:
+            continue
+        mode = exchanges[bank.path].mode if layout.ep_size > 1 else None
+        num_local = math.ceil(bank.shape.num_groups / layout.ep_size)
+        works[bank.path] = BankWork(
+            bank.shape,
+            tokens=math.ceil(tokens * bank.shape.token_factor / (config.parallel.chunks if mode == "tokens" else 1)),
+            num_groups=num_local if mode == "tokens" else num_local * layout.ep_size,
+            exchange=mode,
+            dtype=getattr(torch, config.run.dtype),
+            keep_hidden=mlp is not None and mlp.keep_hidden,
+        )
+    return works
+
+
+def table_works(
+    config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int
+) -> dict[str, PartWork]:
+    """The same of tables, whose rows and columns are where their exchange says."""
+    works = {}
+    for bank in config.model.banks():
+        if not bank.shape.is_table:
+            continue
+        mode = exchanges[bank.path].mode if layout.ep_size > 1 else None
+        columns = exchanges[bank.path].columns if mode == "tokens" else 1
+        ranges = layout.ep_size // columns if mode == "tokens" else 1
+        num_local = math.ceil(bank.shape.num_groups / (layout.ep_size // columns))
+        sizes, parts = sizes_of(config, processes=processes), config.parallel.chunks if mode == "tokens" else 1
+        works[bank.path] = table_work(
+            bank.shape,
+            replace(sizes, rows=1, length=math.ceil(sizes.tokens / parts)),
+            num_rows=num_local if mode == "tokens" else num_local * layout.ep_size,
+            ranges=ranges,
+            columns=columns,
+            exchange=mode,
+        )
+    return works
