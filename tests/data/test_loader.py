@@ -198,7 +198,7 @@ def test_too_few_tokens_and_impossible_positions_are_refused_before_the_first_ba
     with pytest.raises(ValueError, match=r"the position is 12 and .* is 8"):
         train_batches(make_config(), index, position=12, **layout)
     with pytest.raises(ValueError, match="3 processes"):
-        train_batches(make_config(), index, position=0, **(layout | {"num_ranks": 3}))
+        train_batches(make_config(), index, position=0, **{**layout, "num_ranks": 3})
 
 
 @pytest.fixture
