@@ -135,7 +135,7 @@ def _check_documents(document_ids_BS: Tensor | None, u_BSD: Tensor) -> None:
 
 
 def _check_ring(u_BW: Tensor, ring_BRW: Tensor) -> None:
-    fits = u_BW.ndim == 2 and ring_BRW.ndim == 3 and u_BW.shape == ring_BRW.shape[::2] and ring_BRW.shape[1] > 0
+    fits = ring_BRW.ndim == 3 and u_BW.shape == ring_BRW.shape[::2] and ring_BRW.shape[1] > 0
     same = u_BW.dtype == ring_BRW.dtype and u_BW.device == ring_BRW.device
     if not fits or not same or not ring_BRW.is_contiguous():
         raise ValueError(

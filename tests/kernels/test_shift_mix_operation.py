@@ -190,11 +190,12 @@ def test_what_does_not_fit_is_refused_with_both_values(changes: dict[str, Any], 
         torch.zeros(2, 4, 5),
         torch.zeros(2, 0, 6),
         torch.zeros(2, 6),
+        torch.zeros(2, 4, 6, 1),
         torch.zeros(2, 6, 4).mT,
         torch.zeros(2, 4, 6).double(),
         torch.zeros(2, 4, 6, device="meta"),
     ],
-    ids=["rows", "width", "no_place", "two_dimensions", "strides", "dtype", "device"],
+    ids=["rows", "width", "no_place", "two_dimensions", "four_dimensions", "strides", "dtype", "device"],
 )
 def test_a_ring_that_is_not_of_these_rows_is_refused(ring: Tensor) -> None:
     with pytest.raises(
