@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels.offsets import narrow_products
+from kernels.offsets import Products, products
 
 KERNEL = """module {{
   tt.func public @kernel(%x: !tt.ptr<f32> loc(#loc), %ids: !tt.ptr<i32> loc(#loc), %n: i32 loc(#loc)) {{
@@ -13,6 +13,8 @@ KERNEL = """module {{
     %width = arith.constant 412 : i32 loc(#loc)
     %width_1 = arith.constant 412 : i64 loc(#loc)
     %row = tt.get_program_id x : i32 loc(#loc)
+    %wide = arith.extsi %row : i32 to i64 loc(#loc)
+    %true = arith.cmpi slt, %row, %n : i32 loc(#loc)
 {lines}
     tt.return loc(#loc)
   }} loc(#loc)
@@ -22,6 +24,7 @@ KERNEL = """module {{
 #loc2 = loc("at"(#loc1))
 #loc3 = loc(callsite(#loc2 at #loc))
 """
+LINE = {"kernels/op/kernel.py:7:12"}
 READ = "%place = tt.addptr %x, %at : !tt.ptr<f32>, i32"
 WRONG = {
     "a program's row": ["%at = arith.muli %row, %width : i32 loc(#loc1)", READ],
@@ -75,6 +78,90 @@ WRONG = {
         "}",
         READ,
     ],
+    "by a loop's own counter": [
+        "%end = scf.while (%i = %zero) : (i32) -> i32 {",
+        "  scf.condition(%true) %i : i32",
+        "} do {",
+        "^bb0(%i_1: i32):",
+        "  %next = arith.addi %i_1, %one : i32",
+        "  scf.yield %next : i32",
+        "}",
+        "%at = arith.muli %end, %width : i32 loc(#loc1)",
+        READ,
+    ],
+    "a width added again and again": [
+        "%end = scf.for %step = %zero to %n step %one iter_args(%at = %zero) -> (i32)  : i32 {",
+        f"  {READ}",
+        "  %next = arith.addi %at, %width : i32 loc(#loc1)",
+        "  scf.yield %next : i32",
+        "}",
+    ],
+    "a number of rows taken away again and again": [
+        "%at = scf.while (%a = %zero) : (i32) -> i32 {",
+        "  scf.condition(%true) %a : i32",
+        "} do {",
+        "^bb0(%a_1: i32):",
+        "  %next = arith.subi %a_1, %n : i32 loc(#loc1)",
+        "  scf.yield %next : i32",
+        "}",
+        READ,
+    ],
+    "cut to 32 bits": [
+        "%product = arith.muli %wide, %width_1 : i64 loc(#loc1)",
+        "%cut = arith.trunci %product : i64 to i32",
+        "%at = arith.addi %cut, %one : i32",
+        READ,
+    ],
+    "a block twice": [
+        "%start = arith.muli %row, %block : i32 loc(#loc)",
+        "%t = arith.addi %start, %nine : i32",
+        "%at = arith.muli %t, %block : i32 loc(#loc1)",
+        READ,
+    ],
+    "a block twice, once by a shift": [
+        "%seven = arith.constant 7 : i32",
+        "%start = arith.muli %row, %block : i32 loc(#loc)",
+        "%at = arith.shli %start, %seven : i32 loc(#loc1)",
+        READ,
+    ],
+    "by nothing and a row": [
+        "%none = arith.muli %n, %zero : i32",
+        "%t = arith.addi %none, %row : i32",
+        "%at = arith.muli %t, %width : i32 loc(#loc1)",
+        READ,
+    ],
+    "constants that are too large": [
+        "%far = arith.constant -8388608 : i32",
+        "%at = arith.muli %far, %width : i32 loc(#loc1)",
+        READ,
+    ],
+    "a range that is too long": [
+        "%i = tt.make_range {end = 8388608 : i32, start = 0 : i32} : tensor<8388608xi32>",
+        "%widths = tt.splat %width : i32 -> tensor<8388608xi32>",
+        "%at = arith.muli %i, %widths : tensor<8388608xi32> loc(#loc1)",
+        READ,
+    ],
+    "a sum that is too large": [
+        "%half = arith.constant 5000000 : i32",
+        "%sum = arith.addi %half, %half : i32",
+        "%at = arith.muli %sum, %width : i32 loc(#loc1)",
+        READ,
+    ],
+    "handed to a block": [
+        "cf.cond_br %true, ^bb1(%row : i32), ^bb2",
+        "^bb1(%t: i32):  // pred: ^bb0",
+        "%product = arith.muli %t, %width : i32 loc(#loc1)",
+        "cf.br ^bb3(%one, %product : i32, i32)",
+        "^bb2:  // pred: ^bb0",
+        "cf.br ^bb3(%one, %zero : i32, i32)",
+        "^bb3(%unused: i32, %at: i32):  // 2 preds: ^bb1, ^bb2",
+        READ,
+    ],
+    "numbers that are not read": [
+        "%many = arith.constant dense<[5, 8388608]> : tensor<2xi32>",
+        "%at = arith.muli %many, %width : tensor<2xi32> loc(#loc1)",
+        READ,
+    ],
     "of a branch": [
         "%at = scf.if %true -> (i32) {",
         "  %far = arith.muli %row, %width : i32 loc(#loc1)",
@@ -93,6 +180,54 @@ RIGHT = {
     ],
     "the place in a block": ["%at = arith.muli %row, %block : i32 loc(#loc1)", READ],
     "constants": ["%at = arith.muli %nine, %width : i32 loc(#loc1)", READ],
+    "the place in a block by a shift": [
+        "%seven = arith.constant 7 : i32",
+        "%at = arith.shli %row, %seven : i32 loc(#loc1)",
+        READ,
+    ],
+    "a block added again and again": [
+        "%end = scf.for %step = %zero to %n step %one iter_args(%at = %zero) -> (i32)  : i32 {",
+        f"  {READ}",
+        "  %next = arith.addi %at, %block : i32",
+        "  scf.yield %next : i32",
+        "}",
+    ],
+    "carried by a loop beside a product": [
+        "%at:2 = scf.while (%a = %zero, %b = %zero) : (i32, i32) -> (i32, i32) {",
+        "  scf.condition(%true) %a, %b : i32, i32",
+        "} do {",
+        "^bb0(%a_1: i32, %b_1: i32):",
+        "  %next = arith.muli %row, %width : i32 loc(#loc1)",
+        "  scf.yield %a_1, %next : i32, i32",
+        "}",
+        "%place = tt.addptr %x, %at#0 : !tt.ptr<f32>, i32",
+    ],
+    "a number of rows again, cut to 32 bits": [
+        "%start = arith.muli %wide, %width_1 : i64 loc(#loc1)",
+        "%rows = arith.divsi %start, %width_1 : i64",
+        "%at = arith.trunci %rows : i64 to i32",
+        READ,
+    ],
+    "a part of a constant": [
+        "%part = arith.divsi %width, %row : i32",
+        "%at = arith.muli %part, %width : i32 loc(#loc1)",
+        READ,
+    ],
+    "one or nothing": [
+        "%bit = arith.extui %true : i1 to i32",
+        "%at = arith.muli %bit, %width : i32 loc(#loc1)",
+        READ,
+    ],
+    "under a name that another branch uses": [
+        "scf.if %true {",
+        "  %at = arith.muli %row, %width : i32 loc(#loc1)",
+        "  tt.store %x, %at : !tt.ptr<i32>",
+        "}",
+        "scf.if %true {",
+        "  %at = arith.addi %row, %one : i32",
+        f"  {READ}",
+        "}",
+    ],
     "a counter with a constant end": [
         "scf.for %step = %zero to %nine step %one  : i32 {",
         "  %at = arith.muli %step, %width : i32 loc(#loc1)",
@@ -120,15 +255,82 @@ RIGHT = {
 }  # fmt: skip
 
 
-def found(lines: list[str]) -> tuple[str, ...]:
-    return narrow_products(KERNEL.format(lines="\n".join(f"    {line}" for line in lines)))
+def all_found(lines: list[str]) -> Products:
+    return products(KERNEL.format(lines="\n".join(f"    {line}" for line in lines)))
+
+
+def found(lines: list[str]) -> set[str]:
+    return set(all_found(lines).narrow)
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_product_that_counts_elements_in_32_bits_is_found_at_its_line(name: str) -> None:
-    assert found(WRONG[name]) == ("kernels/op/kernel.py:7",)
+    assert found(WRONG[name]) == LINE
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_other_products_are_left_alone(name: str) -> None:
-    assert found(RIGHT[name]) == ()
+    assert found(RIGHT[name]) == set()
+
+
+KEEP = [
+    "arith.extsi {}",
+    "arith.extui {}",
+    "arith.trunci {}",
+    "tt.splat {}",
+    "tt.broadcast {}",
+    "tt.expand_dims {}",
+]
+KEEP += [
+    "tt.gather {}[%zero]",
+    "arith.select %true, %one, {}",
+    "arith.maxsi %one, {}",
+    "arith.minsi %one, {}",
+    "arith.addi %one, {}",
+]
+ROWS = ["arith.divsi {}, %n", "arith.remsi {}, %n", "arith.shrsi {}, %n", "arith.andi {}, %n", "arith.ori {}, %n"]
+ROWS += ['"tt.reduce"({})', '"tt.scan"({})', "tt.histogram {}"]
+
+
+def times(operation: str, factor: str) -> list[str]:
+    """Such an operation's result times a factor, as an offset."""
+    return [f"%made = {operation} : i32", f"%at = arith.muli %made, %{factor} : i32 loc(#loc1)", READ]
+
+
+@pytest.mark.parametrize("operation", KEEP)
+def test_what_keeps_a_number_keeps_its_bound_and_that_it_was_multiplied(operation: str) -> None:
+    assert found(times(operation.format("%nine"), "width")) == set()
+    assert found(times(operation.format("%row"), "width")) == LINE
+    assert found(times(operation.format("%row"), "block")) == set()
+    assert found(["%start = arith.muli %row, %block : i32", *times(operation.format("%start"), "block")]) == LINE
+
+
+@pytest.mark.parametrize("operation", ROWS)
+def test_what_makes_a_number_of_rows_may_be_multiplied_by_a_block_again(operation: str) -> None:
+    assert found(times(operation.format("%row"), "width")) == LINE
+    assert found(["%start = arith.muli %row, %block : i32", *times(operation.format("%start"), "block")]) == set()
+
+
+UNKNOWN = {
+    "arith.xori": ["%odd = arith.xori %row, %one : i32 loc(#loc1)", "%at = arith.addi %odd, %one : i32", READ],
+    "tt.call": ["tt.call @helper(%row) : (i32) -> () loc(#loc1)"],
+    "tt.make_tensor_ptr": ["%b = tt.make_tensor_ptr %x, [%wide], [%wide], [%row] : !tt.ptr<tensor<32xf32>> loc(#loc1)"],
+    "tt.make_tensor_descriptor": ["%b = tt.make_tensor_descriptor %x, [%n], [%wide] : !tt.tensordesc<32xf32> loc(#loc1)"],
+    "tt.int_to_ptr": ["%b = tt.int_to_ptr %wide : i64 -> !tt.ptr<f32> loc(#loc1)"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", UNKNOWN)
+def test_an_operation_that_is_not_known_is_named_with_its_line(operation: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"got {operation} at kernels/op/kernel\.py:7:12: "):
+        found(UNKNOWN[operation])
+
+
+def test_a_value_that_nothing_makes_is_named() -> None:
+    with pytest.raises(RuntimeError, match="%absent"):
+        found(["%at = arith.addi %absent, %one : i32", READ])
+
+
+def test_products_without_a_place_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="TRITON_DISABLE_LINE_INFO"):
+        found(["%at = arith.muli %row, %width : i32", READ])
