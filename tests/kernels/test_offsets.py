@@ -112,6 +112,35 @@ WRONG = {
         "%at = arith.addi %cut, %one : i32",
         READ,
     ],
+    "a quotient's own": [
+        "%product = arith.muli %row, %width : i32 loc(#loc1)",
+        "%at = arith.divsi %product, %n : i32",
+        READ,
+    ],
+    "what a loop carries at first": [
+        "%product = arith.muli %row, %width : i32 loc(#loc1)",
+        "%end = scf.for %step = %zero to %n step %one iter_args(%at = %product) -> (i32)  : i32 {",
+        f"  {READ}",
+        "  scf.yield %zero : i32",
+        "}",
+    ],
+    "what a loop without a turn carries": [
+        "%product = arith.muli %row, %width : i32 loc(#loc1)",
+        "%at = scf.for %step = %zero to %n step %one iter_args(%a = %product) -> (i32)  : i32 {",
+        "  scf.yield %zero : i32",
+        "}",
+        READ,
+    ],
+    "what a loop without an end carries at first": [
+        "%product = arith.muli %row, %width : i32 loc(#loc1)",
+        "%end = scf.while (%at = %product) : (i32) -> i32 {",
+        f"  {READ}",
+        "  scf.condition(%true) %zero : i32",
+        "} do {",
+        "^bb0(%a: i32):",
+        "  scf.yield %zero : i32",
+        "}",
+    ],
     "a block twice": [
         "%start = arith.muli %row, %block : i32 loc(#loc)",
         "%t = arith.addi %start, %nine : i32",
@@ -202,6 +231,22 @@ RIGHT = {
         "}",
         "%place = tt.addptr %x, %at#0 : !tt.ptr<f32>, i32",
     ],
+    "of what a loop without an end does not hand on": [
+        "%at = scf.while (%a = %zero) : (i32) -> i32 {",
+        "  scf.condition(%true) %nine : i32",
+        "} do {",
+        "^bb0(%a_1: i32):",
+        "  %next = arith.muli %row, %width : i32 loc(#loc1)",
+        "  scf.yield %next : i32",
+        "}",
+        READ,
+    ],
+    "a block after a product of constants": [
+        "%far = arith.muli %nine, %nine : i32",
+        "%t = arith.addi %row, %far : i32",
+        "%at = arith.muli %t, %block : i32 loc(#loc1)",
+        READ,
+    ],
     "a number of rows again, cut to 32 bits": [
         "%start = arith.muli %wide, %width_1 : i64 loc(#loc1)",
         "%rows = arith.divsi %start, %width_1 : i64",
@@ -235,6 +280,12 @@ RIGHT = {
         "}",
     ],
     "of another value with that name, which a reduction combines": [
+        "%end = scf.while (%a = %zero, %b = %n) : (i32, i32) -> i32 {",
+        "  scf.condition(%true) %a : i32",
+        "} do {",
+        "^bb0(%a_1: i32):",
+        "  scf.yield %a_1, %n : i32, i32",
+        "}",
         '%sum = "tt.reduce"(%rows) <{axis = 0 : i32}> ({',
         "^bb0(%left: i32, %right: i32):",
         "  %small = arith.addi %left, %right : i32",
@@ -249,7 +300,9 @@ RIGHT = {
         "%half = arith.cmpi slt, %row, %n : i32",
         "%product = arith.muli %row, %width : i32 loc(#loc1)",
         "%small = arith.cmpi slt, %product, %n : i32",
-        "%at = arith.select %small, %one, %zero : i32",
+        "%both = arith.andi %small, %half : i1",
+        "%t = arith.select %both, %one, %nine : i32",
+        "%at = arith.muli %t, %width : i32 loc(#loc1)",
         READ,
     ],
 }  # fmt: skip
@@ -273,6 +326,14 @@ def test_other_products_are_left_alone(name: str) -> None:
     assert found(RIGHT[name]) == set()
 
 
+def test_a_product_in_64_bits_is_hidden_where_a_block_multiplies_and_seen_elsewhere() -> None:
+    block = "%block_1 = arith.constant 128 : i64"
+    at = "%at = arith.muli %wide, %{} : i64 loc(#loc1)"
+    assert all_found([at.format("width_1"), READ]) == Products(seen=frozenset(LINE))
+    assert all_found([block, at.format("block_1"), READ]) == Products(hidden=frozenset(LINE))
+    assert all_found(["%at = arith.muli %row, %width : i32 loc(#loc1)", READ]) == Products(narrow=frozenset(LINE))
+
+
 KEEP = [
     "arith.extsi {}",
     "arith.extui {}",
@@ -285,7 +346,7 @@ KEEP += [
     "tt.gather {}[%zero]",
     "arith.select %true, %one, {}",
     "arith.maxsi %one, {}",
-    "arith.minsi %one, {}",
+    "arith.minsi {}, %one",
     "arith.addi %one, {}",
 ]
 ROWS = ["arith.divsi {}, %n", "arith.remsi {}, %n", "arith.shrsi {}, %n", "arith.andi {}, %n", "arith.ori {}, %n"]
