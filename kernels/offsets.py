@@ -11,8 +11,8 @@ sum, of a width or a number of rows, is taken in 64 bits, and not cut to 32 afte
 rows times its width, may be taken in 32.
 
 What is not seen. A width that could be a block goes unnoticed, so each kernel needs a form with another. A quotient, a remainder, some
-bits, a reduction and what was loaded count as numbers of rows: a block may multiply them again, and they may be cut to 32 bits. An
-operation behind an address that is not listed here is an error, and so is an address that tt.addptr does not make.
+bits, a reduction, an argument and what was loaded count as numbers of rows: a block may multiply them, and they may be cut to 32 bits.
+Not listed here, an operation behind an address is an error; so is an address that tt.addptr does not make, and a helper not inlined.
 """
 
 import re
