@@ -2,30 +2,9 @@
 
 import pytest
 
-from kernels.offsets import Products, products
+from kernels.offsets import Products
+from tests.kernels.ttir_lines import LINE, READ, all_found, found
 
-KERNEL = """module {{
-  tt.func public @kernel(%x: !tt.ptr<f32> loc(#loc), %ids: !tt.ptr<i32> loc(#loc), %n: i32 loc(#loc)) {{
-    %zero = arith.constant 0 : i32 loc(#loc)
-    %one = arith.constant 1 : i32 loc(#loc)
-    %nine = arith.constant 9 : i32 loc(#loc)
-    %block = arith.constant 128 : i32 loc(#loc)
-    %width = arith.constant 412 : i32 loc(#loc)
-    %width_1 = arith.constant 412 : i64 loc(#loc)
-    %row = tt.get_program_id x : i32 loc(#loc)
-    %wide = arith.extsi %row : i32 to i64 loc(#loc)
-    %true = arith.cmpi slt, %row, %n : i32 loc(#loc)
-{lines}
-    tt.return loc(#loc)
-  }} loc(#loc)
-}} loc(#loc)
-#loc = loc("/elsewhere/kernels/op/kernel.py":1:0)
-#loc1 = loc("/elsewhere/kernels/op/kernel.py":7:12)
-#loc2 = loc("at"(#loc1))
-#loc3 = loc(callsite(#loc2 at #loc))
-"""
-LINE = {"kernels/op/kernel.py:7:12"}
-READ = "%place = tt.addptr %x, %at : !tt.ptr<f32>, i32"
 WRONG = {
     "a program's row": ["%at = arith.muli %row, %width : i32 loc(#loc1)", READ],
     "an argument": ["%at = arith.muli %row, %n : i32 loc(#loc2)", READ],
@@ -55,57 +34,6 @@ WRONG = {
         "%places = tt.splat %x : !tt.ptr<f32> -> tensor<32x!tt.ptr<f32>>",
         "%place = tt.addptr %places, %at : tensor<32x!tt.ptr<f32>>, tensor<32xi32>",
     ],
-    "a loop's counter": [
-        "scf.for %step = %zero to %n step %one  : i32 {",
-        "  %at = arith.muli %step, %width : i32 loc(#loc1)",
-        f"  {READ}",
-        "}",
-    ],
-    "carried by a loop": [
-        "%at:2 = scf.for %step = %zero to %nine step %one iter_args(%a = %zero, %b = %zero) -> (i32, i32)  : i32 {",
-        "  %next = arith.muli %row, %width : i32 loc(#loc1)",
-        "  scf.yield %a, %next : i32, i32",
-        "}",
-        "%place = tt.addptr %x, %at#1 : !tt.ptr<f32>, i32",
-    ],
-    "carried by a loop without an end": [
-        "%at = scf.while (%a = %zero) : (i32) -> i32 {",
-        "  scf.condition(%true) %a : i32",
-        "} do {",
-        "^bb0(%a: i32):",
-        "  %next = arith.muli %row, %width : i32 loc(#loc1)",
-        "  scf.yield %next : i32",
-        "}",
-        READ,
-    ],
-    "by a loop's own counter": [
-        "%end = scf.while (%i = %zero) : (i32) -> i32 {",
-        "  scf.condition(%true) %i : i32",
-        "} do {",
-        "^bb0(%i_1: i32):",
-        "  %next = arith.addi %i_1, %one : i32",
-        "  scf.yield %next : i32",
-        "}",
-        "%at = arith.muli %end, %width : i32 loc(#loc1)",
-        READ,
-    ],
-    "a width added again and again": [
-        "%end = scf.for %step = %zero to %n step %one iter_args(%at = %zero) -> (i32)  : i32 {",
-        f"  {READ}",
-        "  %next = arith.addi %at, %width : i32 loc(#loc1)",
-        "  scf.yield %next : i32",
-        "}",
-    ],
-    "a number of rows taken away again and again": [
-        "%at = scf.while (%a = %zero) : (i32) -> i32 {",
-        "  scf.condition(%true) %a : i32",
-        "} do {",
-        "^bb0(%a_1: i32):",
-        "  %next = arith.subi %a_1, %n : i32 loc(#loc1)",
-        "  scf.yield %next : i32",
-        "}",
-        READ,
-    ],
     "cut to 32 bits": [
         "%product = arith.muli %wide, %width_1 : i64 loc(#loc1)",
         "%cut = arith.trunci %product : i64 to i32",
@@ -116,30 +44,6 @@ WRONG = {
         "%product = arith.muli %row, %width : i32 loc(#loc1)",
         "%at = arith.divsi %product, %n : i32",
         READ,
-    ],
-    "what a loop carries at first": [
-        "%product = arith.muli %row, %width : i32 loc(#loc1)",
-        "%end = scf.for %step = %zero to %n step %one iter_args(%at = %product) -> (i32)  : i32 {",
-        f"  {READ}",
-        "  scf.yield %zero : i32",
-        "}",
-    ],
-    "what a loop without a turn carries": [
-        "%product = arith.muli %row, %width : i32 loc(#loc1)",
-        "%at = scf.for %step = %zero to %n step %one iter_args(%a = %product) -> (i32)  : i32 {",
-        "  scf.yield %zero : i32",
-        "}",
-        READ,
-    ],
-    "what a loop without an end carries at first": [
-        "%product = arith.muli %row, %width : i32 loc(#loc1)",
-        "%end = scf.while (%at = %product) : (i32) -> i32 {",
-        f"  {READ}",
-        "  scf.condition(%true) %zero : i32",
-        "} do {",
-        "^bb0(%a: i32):",
-        "  scf.yield %zero : i32",
-        "}",
     ],
     "a block twice": [
         "%start = arith.muli %row, %block : i32 loc(#loc)",
@@ -176,28 +80,9 @@ WRONG = {
         "%at = arith.muli %sum, %width : i32 loc(#loc1)",
         READ,
     ],
-    "handed to a block": [
-        "cf.cond_br %true, ^bb1(%row : i32), ^bb2",
-        "^bb1(%t: i32):  // pred: ^bb0",
-        "%product = arith.muli %t, %width : i32 loc(#loc1)",
-        "cf.br ^bb3(%one, %product : i32, i32)",
-        "^bb2:  // pred: ^bb0",
-        "cf.br ^bb3(%one, %zero : i32, i32)",
-        "^bb3(%unused: i32, %at: i32):  // 2 preds: ^bb1, ^bb2",
-        READ,
-    ],
     "numbers that are not read": [
         "%many = arith.constant dense<[5, 8388608]> : tensor<2xi32>",
         "%at = arith.muli %many, %width : tensor<2xi32> loc(#loc1)",
-        READ,
-    ],
-    "of a branch": [
-        "%at = scf.if %true -> (i32) {",
-        "  %far = arith.muli %row, %width : i32 loc(#loc1)",
-        "  scf.yield %far : i32",
-        "} else {",
-        "  scf.yield %zero : i32",
-        "}",
         READ,
     ],
 }  # fmt: skip
@@ -212,33 +97,6 @@ RIGHT = {
     "the place in a block by a shift": [
         "%seven = arith.constant 7 : i32",
         "%at = arith.shli %row, %seven : i32 loc(#loc1)",
-        READ,
-    ],
-    "a block added again and again": [
-        "%end = scf.for %step = %zero to %n step %one iter_args(%at = %zero) -> (i32)  : i32 {",
-        f"  {READ}",
-        "  %next = arith.addi %at, %block : i32",
-        "  scf.yield %next : i32",
-        "}",
-    ],
-    "carried by a loop beside a product": [
-        "%at:2 = scf.while (%a = %zero, %b = %zero) : (i32, i32) -> (i32, i32) {",
-        "  scf.condition(%true) %a, %b : i32, i32",
-        "} do {",
-        "^bb0(%a_1: i32, %b_1: i32):",
-        "  %next = arith.muli %row, %width : i32 loc(#loc1)",
-        "  scf.yield %a_1, %next : i32, i32",
-        "}",
-        "%place = tt.addptr %x, %at#0 : !tt.ptr<f32>, i32",
-    ],
-    "of what a loop without an end does not hand on": [
-        "%at = scf.while (%a = %zero) : (i32) -> i32 {",
-        "  scf.condition(%true) %nine : i32",
-        "} do {",
-        "^bb0(%a_1: i32):",
-        "  %next = arith.muli %row, %width : i32 loc(#loc1)",
-        "  scf.yield %next : i32",
-        "}",
         READ,
     ],
     "a block after a product of constants": [
@@ -263,38 +121,6 @@ RIGHT = {
         "%at = arith.muli %bit, %width : i32 loc(#loc1)",
         READ,
     ],
-    "under a name that another branch uses": [
-        "scf.if %true {",
-        "  %at = arith.muli %row, %width : i32 loc(#loc1)",
-        "  tt.store %x, %at : !tt.ptr<i32>",
-        "}",
-        "scf.if %true {",
-        "  %at = arith.addi %row, %one : i32",
-        f"  {READ}",
-        "}",
-    ],
-    "a counter with a constant end": [
-        "scf.for %step = %zero to %nine step %one  : i32 {",
-        "  %at = arith.muli %step, %width : i32 loc(#loc1)",
-        f"  {READ}",
-        "}",
-    ],
-    "of another value with that name, which a reduction combines": [
-        "%end = scf.while (%a = %zero, %b = %n) : (i32, i32) -> i32 {",
-        "  scf.condition(%true) %a : i32",
-        "} do {",
-        "^bb0(%a_1: i32):",
-        "  scf.yield %a_1, %n : i32, i32",
-        "}",
-        '%sum = "tt.reduce"(%rows) <{axis = 0 : i32}> ({',
-        "^bb0(%left: i32, %right: i32):",
-        "  %small = arith.addi %left, %right : i32",
-        "  tt.reduce.return %small : i32",
-        "}) : (tensor<32xi32>) -> i32",
-        "%small = arith.addi %one, %nine : i32",
-        "%at = arith.muli %small, %width : i32 loc(#loc1)",
-        READ,
-    ],
     "a number and no address": ["%value = arith.muli %row, %width : i32 loc(#loc1)", "tt.store %x, %value : !tt.ptr<i32>"],
     "behind a comparison": [
         "%half = arith.cmpi slt, %row, %n : i32",
@@ -306,14 +132,6 @@ RIGHT = {
         READ,
     ],
 }  # fmt: skip
-
-
-def all_found(lines: list[str]) -> Products:
-    return products(KERNEL.format(lines="\n".join(f"    {line}" for line in lines)))
-
-
-def found(lines: list[str]) -> set[str]:
-    return set(all_found(lines).narrow)
 
 
 @pytest.mark.parametrize("name", WRONG)
