@@ -1,143 +1,163 @@
 """Finds products in a compiled kernel that count elements in 32 bits: addresses that go wrong in tensors of more than 2**31 elements.
 
-Owns: the rule, and as much of Triton's intermediate language (TTIR) as it needs. Does not own: compiling (kernels/tools.py), which
-products are right all the same (tests/kernels/test_compiled.py). Called by: kernels/tools.py; never by the program.
+Owns: the rule, and the operations of Triton's intermediate language (TTIR) that it needs. Does not own: reading the text
+(kernels/ttir.py), compiling (kernels/tools.py), which products are right all the same (tests/kernels/test_compiled.py).
+Called by: kernels/tools.py; never by the program.
 
 The rule. Rows, copies and tokens are fewer than 2**31, elements are not. So in 32 bits a number that grows with the problem (a program's,
 an argument of the launch, what was loaded, and whatever is made of them) may be multiplied on its way to an address by a block alone, a
-power of two up to 256: that is the place of a row. Its product with anything else, a width or a number of rows, is taken in 64 bits.
-What is known without the launch, such as a tile's rows times its width, may be taken in 32. A width that could be a block goes unnoticed,
-so each kernel needs a form with another.
+power of two up to 256, and once: that is the place of a row. A loop may add a block alone to what it carries. Any other product or such
+sum, of a width or a number of rows, is taken in 64 bits, and not cut to 32 afterwards. What is known without the launch, such as a tile's
+rows times its width, may be taken in 32.
+
+What is not seen. A width that could be a block goes unnoticed, so each kernel needs a form with another. A quotient, a remainder, some
+bits, a reduction, an argument and what was loaded count as numbers of rows: a block may multiply them, and they may be cut to 32 bits.
+Not listed here, an operation behind an address is an error; so is an address that tt.addptr does not make, and a helper not inlined.
 """
 
 import re
-from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
+from kernels.ttir import Kernel, Made
+
 MAX_BLOCK = 256
-VALUE = re.compile(r"%[\w$.-]+(?:#\d+)?")
-OPERATION = re.compile(r'( *)(?:(%[\w$.-]+)(?::(\d+))? = )?"?((?:tt|arith|scf|math|cf|ub)\.[\w.]+)(.*)')
-NARROW = re.compile(r" : (?:tensor<[\dx]+x)?i32\b")
-COMBINER = re.compile(r"(?ms)\(\{$.*?^ *\}\)")  # of a reduction or a scan: no address is made there
-BLOCK = re.compile(r"( *)\^bb\d+\((.*)")
-SOURCES = ("arith.cmpi", "arith.cmpf", "tt.get_program_id", "tt.load")  # are not made of their operands
-SAME = ("arith.extsi", "arith.extui", "arith.trunci", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.trans")
-PRODUCTS = ("arith.muli", "arith.shli")
+NARROW = re.compile(r" : (?:tensor<[\dx]+x)?i(?:8|16|32)\b")
+# Made of nothing that matters here.
+SOURCES = ("tt.func", "arith.constant", "tt.make_range", "tt.get_program_id", "tt.load", "arith.cmpi")
+SHAPED = ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.gather")
+SAME = ("arith.extsi", "arith.extui", "arith.trunci", *SHAPED, "carried")
 LARGEST = ("arith.select", "arith.maxsi", "arith.minsi", "counter")
+PRODUCTS = ("arith.muli", "arith.shli")
+SUMS = ("arith.addi", "arith.subi")
+# A number of elements stays one, or becomes a number of rows.
+KEPT = (*SAME, *LARGEST, *PRODUCTS, *SUMS)
+ROWS = ("arith.divsi", "arith.remsi", "arith.shrsi", "arith.andi", "arith.ori", "tt.reduce", "tt.scan", "tt.histogram")
+# Make addresses without tt.addptr.
+ELSEWHERE = ("tt.call", "tt.make_tensor_ptr", "tt.make_tensor_descriptor", "tt.int_to_ptr")
 
 
 @dataclass(frozen=True)
-class _Made:
-    """One way in which a value comes about: an operation, or "counter" of a loop, or "region": what a loop or a branch carries."""
+class Products:
+    """Places of products (and of sums in a loop), as "kernels/...:line:column" of the source.
 
-    operation: str
-    operands: list[str]
-    line: str = ""
+    narrow: those that break the rule. seen: in 64 bits, and would break it in 32. hidden: in 64 bits, and would not, since a block
+    multiplies.
+    """
+
+    narrow: frozenset[str] = frozenset()
+    seen: frozenset[str] = frozenset()
+    hidden: frozenset[str] = frozenset()
+
+    def __or__(self, other: "Products") -> "Products":
+        return Products(self.narrow | other.narrow, self.seen | other.seen, self.hidden | other.hidden)
 
 
-class _Kernel:
-    """How each value is made. Sibling regions may use a name twice: it is then made in two ways."""
+def products(ttir: str) -> Products:
+    """Those behind the addresses of a kernel. ttir: its text, with locations."""
+    return _Offsets(Kernel(ttir)).products()
 
-    def __init__(self, ttir: str) -> None:
-        self.ways: dict[str, list[_Made]] = defaultdict(list)
-        self.offsets: list[str] = []
+
+class _Offsets:
+    """What the offsets of a kernel's pointers are made of."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
         self._bounds: dict[str, float] = {}
-        regions: dict[int, list[str]] = {}  # by indentation: all that the last loop or branch there may carry
-        for line in COMBINER.sub("", ttir).splitlines():
-            if found := OPERATION.match(line):
-                indent, result, count, name, rest = found.groups()
-                results = [result] if count is None else [f"{result}#{number}" for number in range(int(count))]
-                self._read(line, len(indent), results, name, VALUE.findall(rest), regions)
-            elif found := BLOCK.match(line):
-                for value in VALUE.findall(found[2]):
-                    self.ways[value].append(_Made("region", regions.get(len(found[1]), [])))
+        self._kept: dict[str, set[str]] = {}
+        for operation in kernel.operations.keys() & ELSEWHERE:
+            raise self._unknown(operation, kernel.operations[operation])
 
-    def _read(
-        self, line: str, indent: int, results: list[str], name: str, values: list[str], regions: dict[int, list[str]]
-    ) -> None:
-        if name in ("scf.yield", "scf.condition"):
-            regions[indent - 2] += values
-        elif name in ("scf.for", "scf.while", "scf.if"):
-            if name == "scf.for":  # counter, first, end, step
-                self.ways[values[0]].append(_Made("counter", values[1:3]))
-                values = values[4:]
-            carried, regions[indent] = ([], []) if name == "scf.if" else (values[::2], values[1::2])
-            for value in carried + results:
-                self.ways[value].append(_Made("region", regions[indent]))
-        else:
-            for value in results:
-                self.ways[value].append(_Made(name, values, line))
-            if name == "tt.addptr":
-                self.offsets.append(values[1])
+    def products(self) -> Products:
+        behind = self._made_of(self.kernel.offsets, through=(*KEPT, *ROWS))
+        ways = [(value, made) for value in behind for made in self.kernel.ways[value]]
+        cut = set[str]().union(
+            *(self._elements(made.operands[0]) for _, made in ways if made.operation == "arith.trunci")
+        )
+        narrow, seen, hidden = set[str](), set[str](), set[str]()
+        for value, made in ways:
+            is_narrow, counts = value in cut or NARROW.search(made.line), self._counts_elements(value, made)
+            if is_narrow and counts:
+                narrow.add(self.kernel.place(made.line))
+            elif not is_narrow and made.operation in PRODUCTS and self._bound_of(made) >= 2**31:
+                (seen if counts else hidden).add(self.kernel.place(made.line))
+        return Products(frozenset(narrow), frozenset(seen), frozenset(hidden))
 
-    def behind_offsets(self) -> list[_Made]:
-        """All that the offsets of pointers are made of."""
-        found, seen, waiting = [], set(), list(self.offsets)
+    def _counts_elements(self, value: str, made: Made) -> bool:
+        """Whether a product, or a sum that a loop repeats, may be more than the place of a row."""
+        if made.operation in SUMS:
+            steps = [step for step, total in _both_ways(made) if value in self._elements(total)]
+            return any(not _is_block(self._bound(step)) for step in steps)
+        if made.operation not in PRODUCTS or self._bound_of(made) < 2**31:
+            return False
+        pairs = [made.operands] if made.operation == "arith.shli" else _both_ways(made)
+        return all(not _is_block(self._factor(made, block)) or self._multiplied(row) for row, block in pairs)
+
+    def _multiplied(self, value: str) -> bool:
+        """Whether a number that grows with the problem is multiplied on its way to the value."""
+        ways = [made for each in self._elements(value) for made in self.kernel.ways[each]]
+        return any(made.operation in PRODUCTS and self._bound_of(made) >= 2**31 for made in ways)
+
+    def _elements(self, value: str) -> set[str]:
+        """The values of which this one is a sum, a product or a choice."""
+        if value not in self._kept:
+            self._kept[value] = self._made_of([value], through=KEPT)
+        return self._kept[value]
+
+    def _made_of(self, values: Iterable[str], *, through: tuple[str, ...]) -> set[str]:
+        """The values, and all that they are made of by operations of `through`."""
+        seen, waiting = set[str](), list(values)
         while waiting:
             value = waiting.pop()
-            for made in self.ways[value] if value not in seen else []:
-                found.append(made)
-                waiting += [] if made.operation in SOURCES else made.operands
+            for made in self.kernel.ways[value] if value not in seen else []:
+                if made.operation not in (*SOURCES, *KEPT, *ROWS):
+                    raise self._unknown(made.operation, made.line)
+                waiting += made.operands if made.operation in through else []
+            if not self.kernel.ways[value]:
+                raise RuntimeError(
+                    f"TTIR must say how {value} is made, which is behind an address: see kernels/ttir.py"
+                )
             seen.add(value)
-        return found
+        return seen
 
-    def factors(self, product: _Made) -> tuple[float, float]:
-        """Bounds of what is multiplied."""
-        left, right = map(self.bound, product.operands)
-        return left, 2.0**right if product.operation == "arith.shli" else right
-
-    def bound(self, value: str) -> float:
-        """The largest magnitude that the value can have, whatever the launch."""
+    def _bound(self, value: str) -> float:
+        """The largest magnitude that the value can have, whatever the launch; at least 1, since 0 times inf is no number."""
         if value not in self._bounds:
             self._bounds[value] = inf  # of what is made of itself
-            self._bounds[value] = max(map(self._bound, self.ways[value]), default=inf)
+            self._bounds[value] = max(1.0, *map(self._bound_of, self.kernel.ways[value]))
         return self._bounds[value]
 
-    def _bound(self, made: _Made) -> float:
+    def _bound_of(self, made: Made) -> float:
         if made.operation == "arith.constant":
             number = re.search(r" (?:dense<)?(-?\d+)>? :", made.line)
-            return float(abs(int(number[1]))) if number else inf
+            return abs(float(number[1])) if number else inf
         if made.operation == "tt.make_range":
             return float(made.line.split("end = ")[1].split(" ")[0])
+        if made.operation == "arith.cmpi":
+            return 1.0
+        bounds = [self._bound(operand) for operand in made.operands]
         if made.operation in PRODUCTS:
-            return _product(*self.factors(made))
-        bounds = [self.bound(operand) for operand in made.operands]
-        if made.operation in ("arith.addi", "arith.subi"):
+            return bounds[0] * self._factor(made, made.operands[1])
+        if made.operation in SUMS:
             return sum(bounds)
         if made.operation in (*SAME, "arith.divsi"):
             return bounds[0]
         return max(bounds) if made.operation in LARGEST else inf
 
+    def _factor(self, product: Made, value: str) -> float:
+        return 2.0 ** self._bound(value) if product.operation == "arith.shli" else self._bound(value)
 
-def narrow_products(ttir: str) -> tuple[str, ...]:
-    """Where a kernel breaks the rule: "kernels/...:line" of its source, sorted. ttir: its text, with locations."""
-    kernel, found = _Kernel(ttir), set()
-    for made in kernel.behind_offsets():
-        if made.operation not in PRODUCTS or not NARROW.search(made.line):
-            continue
-        factors = kernel.factors(made)
-        if _product(*factors) >= 2**31 and not any(map(_is_block, factors)):
-            found.add(_place(made.line, ttir))
-    return tuple(sorted(found))
+    def _unknown(self, operation: str, line: str) -> RuntimeError:
+        return RuntimeError(
+            f"every operation behind an address must be in the lists of kernels/offsets.py, got {operation} at "
+            f"{self.kernel.place(line)}: make the address without it, or add it there and to the tests"
+        )
 
 
-def _product(left: float, right: float) -> float:
-    return 0.0 if 0.0 in (left, right) else left * right
+def _both_ways(made: Made) -> list[list[str]]:
+    return [made.operands, made.operands[::-1]]
 
 
 def _is_block(bound: float) -> bool:
     return bound in [2.0**n for n in range(MAX_BLOCK.bit_length())]
-
-
-def _place(line: str, ttir: str) -> str:
-    """The innermost place of a line's location, in this clone: what is compiled may lie in a cache that another has filled."""
-    places, waiting = dict(re.findall(r"(?m)^(#loc\d*) = loc\((.*)\)$", ttir)), [line]
-    while waiting:
-        text = waiting.pop()
-        if found := re.search(r'"[^"]*/(kernels/[^"]+)":(\d+):\d+', text):
-            return f"{found[1]}:{found[2]}"
-        waiting += [places[each] for each in reversed(re.findall(r"#loc\d*", text)) if each in places]
-    raise RuntimeError(
-        f"TTIR must say where in kernels/ each product comes from, got {line.strip()}: unset TRITON_DISABLE_LINE_INFO"
-    )

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels.offsets import narrow_products
+from kernels.offsets import Products, products
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -49,14 +49,14 @@ class Form:
 class Compiled:
     """What the compiler made of one kernel. registers: per thread. spilled: bytes per thread. shared: bytes per program.
 
-    narrow_products: where it may count elements in 32 bits (kernels/offsets.py).
+    products: where it may count elements in 32 bits (kernels/offsets.py).
     """
 
     kernel: str
     registers: int
     spilled: int
     shared: int
-    narrow_products: tuple[str, ...] = ()
+    products: Products = field(default_factory=Products)
 
 
 def compile_form(form: Form, *, target: str) -> list[Compiled]:
@@ -65,7 +65,7 @@ def compile_form(form: Form, *, target: str) -> list[Compiled]:
         form.launch()
     measure = measure_cubin if TARGETS[target].backend == "cuda" else measure_amdgcn
     return [
-        replace(measure(kernel), narrow_products=narrow_products(kernel.asm["ttir"]))
+        replace(measure(kernel), products=products(kernel.asm["ttir"]))
         for kernel in {kernel.hash: kernel for kernel in kernels}.values()
     ]
 

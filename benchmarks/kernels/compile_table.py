@@ -12,6 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernels.offsets import Products
+
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "kernels/README.md"
 START, END = "<!-- compiled: start -->", "<!-- compiled: end -->"
@@ -45,31 +47,31 @@ class Cell:
 
 @dataclass(frozen=True)
 class Report:
-    """All cells, the forms (op, form) that may spill, and lines of source that may count elements in 32 bits (kernels/offsets.py)."""
+    """All cells, the forms (op, form) that may spill, and the products behind addresses."""
 
     cells: dict[Place, Cell]
     may_spill: set[tuple[str, str]]
-    narrow_products: set[str]
+    products: Products
 
 
 def compile_all(targets: tuple[str, ...] = TARGETS) -> Report:
     """Compile every form of every op for each target, in as many processes as there are cores."""
     ops = sorted(path.parent.name for path in ROOT.glob("kernels/*/forms.py"))
-    report = Report({}, set(), set())
+    cells, may_spill, products = {}, set(), Products()
     # spawn: a fork of a process with threads (pytest's, torch's) may hang.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as processes:
         for part in processes.map(compile_op, *zip(*((op, target) for op in ops for target in targets), strict=True)):
-            report.cells.update(part.cells)
-            report.may_spill.update(part.may_spill)
-            report.narrow_products.update(part.narrow_products)
-    return report
+            cells.update(part.cells)
+            may_spill.update(part.may_spill)
+            products |= part.products
+    return Report(cells, may_spill, products)
 
 
 def compile_op(op: str, target: str) -> Report:
     from kernels.tools import compile_form
 
     cells: dict[Place, Cell] = {}
-    narrow_products: set[str] = set()
+    products = Products()
     forms = importlib.import_module(f"kernels.{op}.forms").FORMS
     for form in forms:
         seen: dict[str, int] = {}
@@ -77,8 +79,8 @@ def compile_op(op: str, target: str) -> Report:
             count = seen[compiled.kernel] = seen.get(compiled.kernel, 0) + 1
             name = compiled.kernel if count == 1 else f"{compiled.kernel}#{count}"
             cells[Place(op, form.name, name, target)] = Cell(compiled.registers, compiled.spilled, compiled.shared)
-            narrow_products.update(compiled.narrow_products)
-    return Report(cells, {(op, form.name) for form in forms if form.can_spill}, narrow_products)
+            products |= compiled.products
+    return Report(cells, {(op, form.name) for form in forms if form.can_spill}, products)
 
 
 def as_table(cells: dict[Place, Cell]) -> str:

@@ -16,17 +16,17 @@ C, R, P, G, M, N = 4096, 1024, 1024, 64, 512, 128  # an expert layer of publishe
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def _tensors(dtype: torch.dtype, width: int = M) -> dict[str, Tensor]:
+def _tensors(dtype: torch.dtype, width: int = M, columns: int = N) -> dict[str, Tensor]:
     return {
         "rows": torch.empty(R, width, dtype=dtype),
-        "weights": torch.empty(G, width, N, dtype=dtype),
+        "weights": torch.empty(G, width, columns, dtype=dtype),
         "gates": torch.empty(C),
         "offsets": torch.empty(G, dtype=torch.int32),
         "row_index": torch.empty(C, dtype=torch.int64),
         "output_index": torch.empty(C, dtype=torch.int64),
         "order": torch.empty(C, dtype=torch.int32),
         "ends": torch.empty(P, dtype=torch.int32),
-        "gradient": torch.empty(P, N, dtype=dtype),
+        "gradient": torch.empty(P, columns, dtype=dtype),
     }
 
 
@@ -43,8 +43,8 @@ def launch_sum(dtype: torch.dtype) -> None:
     forward(given["rows"], given["weights"], None, given["offsets"], None, *copies, None, None, False, False)
 
 
-def launch_backward(dtype: torch.dtype, relu: bool) -> None:
-    given = _tensors(dtype)
+def launch_backward(dtype: torch.dtype, relu: bool, columns: int = N) -> None:
+    given = _tensors(dtype, columns=columns)
     names = ("gradient", "rows", "weights", "gates", "offsets", "row_index", "output_index", "order", "ends")
     backward(*(given[name] for name in names), relu, False, True, True, True)
 
@@ -73,5 +73,5 @@ FORMS = [
     Form("bf16 forward, M 412", partial(launch_forward, torch.bfloat16, width=412)),
     Form("bf16 weights in parts", partial(launch_parts, torch.bfloat16), can_spill=True),
     Form("fp16 forward", partial(launch_forward, torch.float16)),
-    Form("fp16 backward", partial(launch_backward, torch.float16, False), can_spill=True),
+    Form("fp16 backward, N 412", partial(launch_backward, torch.float16, False, columns=412), can_spill=True),
 ]
