@@ -83,11 +83,11 @@ def test_what_had_no_room_is_not_kept_and_not_taken_when_it_has_room(config, gpu
     gpu.seconds["triton"] = math.inf
     first = start(config)
     assert all("triton no room, torch 2000.00" in note for note in first.notes())
+    kept = json.loads(RunFolder(Path(config.run.dir)).kernels.read_text())
+    assert [set(times) for times in kept["seconds"].values()] == [{"torch"}] * 3
     gpu.seconds["triton"] = 1.0
     assert set(first.of_module.values()) == set(start(config).of_module.values()) == {"torch"}
     assert gpu.measured == ["triton", "torch"] * 3
-    kept = json.loads(RunFolder(Path(config.run.dir)).kernels.read_text())
-    assert [set(times) for times in kept["seconds"].values()] == [{"torch"}] * 3
 
 
 def test_a_time_without_room_that_was_kept_is_dropped(config, gpu):
