@@ -93,9 +93,10 @@ def named_backend(config: Config, path: str, work: Work, device: torch.device) -
     if isinstance(work, BankWork):
         asked = config.model.expert_backend
         return None if asked == "auto" else _bank_backend(asked, work, device)
-    asked, serving = config.model.kernel_backend, work.candidates(device.type)
+    asked = config.model.kernel_backend
     if asked == "auto":
         return None
+    serving = work.candidates(device.type)
     if asked not in serving:
         raise ValueError(
             f"model.kernel_backend must be one that can serve {path} ({work}) on this device, {' or '.join(serving)}, but it is {asked}: "
