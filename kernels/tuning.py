@@ -1,8 +1,8 @@
 """The fastest of a few configurations of a kernel, measured once for each class of sizes, and kept.
 
 Owns: the measurement, what was decided, and when a clock may decide at all. Does not own: the configurations (each kernel.py), where
-decisions are kept between runs (train/backends.py).
-Called by: the launching functions of kernel.py; train/backends.py.
+decisions are kept between runs (train/kernels_file.py).
+Called by: the launching functions of kernel.py; train/backends.py, train/kernels_file.py.
 """
 
 import hashlib
@@ -31,7 +31,8 @@ def fastest(
     key: the kernel and its sizes, rounded by `rounded`: a new sequence length must not measure again. Launching twice must be harmless.
     Nothing is measured without a GPU, while a CUDA graph is recorded, and under torch.use_deterministic_algorithms outside `measuring`:
     a clock would decide in which order a kernel adds, in the middle of a run that is to be repeated. What was decided before holds,
-    for the same device, configurations, torch, triton and `rounding`: others measure again.
+    for the same device, configurations, torch, triton and `rounding`: others measure again. A number that was taken from elsewhere
+    (`decide`) and is none of these is a RuntimeError.
     """
     if len(configs) > MAX_CONFIGS:
         raise ValueError(f"a kernel may have {MAX_CONFIGS} configurations, got {len(configs)}: leave some out")
@@ -42,6 +43,11 @@ def fastest(
     compilers = f"torch {torch.__version__}, triton {triton.__version__}{rounding()}"
     name = f"{torch.cuda.get_device_name(device)}, {compilers}, tiles {_digest(tuple(configs))}: {key}"
     if name in _decided:
+        if _decided[name] not in range(len(configs)):
+            raise RuntimeError(
+                f"the number of a configuration of {name} must be below {len(configs)}, but {_decided[name]} was kept: remove it where it "
+                "is kept (a run's kernels.json), to have it measured again"
+            )
         return configs[_decided[name]]
     must_repeat = torch.are_deterministic_algorithms_enabled() and not _measuring
     if must_repeat or torch.cuda.is_current_stream_capturing():

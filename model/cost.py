@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-accumulates of a forward pass of one layer on one row, and the numbers that it writes."""
+    """Multiply-accumulates of a forward pass of one layer on one row, and its floats: results, or what our kernels keep of them."""
 
     macs: int
     floats: int

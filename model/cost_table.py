@@ -73,7 +73,8 @@ def table_text(lines: Sequence[Line], *, length: int) -> str:
     ]
     text += [
         "active: weights that work on one token, once for each use of a layer; all layers of a line together, as in every column.",
-        f"MACs (multiply-accumulates) and floats written: forward, per token of a row of {length:,}, no causal halving;",
+        f"MACs (multiply-accumulates) and floats: forward, per token of a row of {length:,}, no causal halving;",
+        "floats: results of products and softmax, but of what only our kernels compute what is kept for the backward pass;",
         "decode state: floats per sequence after such a row and its memory. What is counted: model/cost.py.",
     ]
     return "\n".join(text + _layer_sentences(lines))

@@ -1,18 +1,16 @@
 """Which backend computes each bank of experts, and each other part that has kernels: by its name in the config, or the fastest by a
 measurement before the first step.
 
-Owns: when it is measured, what is kept of it in the run folder, and what the log says. Does not own: the candidates and the work by which
-they are compared (model/expert_choice.py, model/part_choice.py; of a run: works.py), the tiles of kernels (kernels/tuning.py).
+Owns: when it is measured, what is chosen, and what the log says. Does not own: the candidates and the work by which they are compared
+(model/expert_choice.py, model/part_choice.py; of a run: works.py), what is kept of it (kernels_file.py), the tiles (kernels/tuning.py).
 Called by train/run.py and train/build.py.
 
 Every rank says which candidates it has; rank 0 measures those that all have, and tells the others. On a CPU all candidates give the same
-bits. On a GPU they do not, so a run that is started again takes what kernels.json in its folder says, and measures only what is not there:
-other sizes, another GPU.
+bits. On a GPU they do not, so a run that is started again takes the fastest of which kernels.json in its folder has a time, and measures
+only work of which no candidate has one: other sizes, another GPU. A time that was kept stays, whatever a later start lacks.
 """
 
-import json
 import math
-import operator
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from kernels import tuning
+from kernels.availability import why_not_triton
 from kernels.grouped_matmul import choose_backend, why_not_torch
 from model.expert_choice import BankWork
 from model.experts import DENSE
@@ -30,7 +29,8 @@ from model.transformer import Transformer
 from model.work import Work
 from train.config import Config
 from train.engine import World
-from train.run_folder import RunFolder, replace_file
+from train.kernels_file import Kept, read
+from train.run_folder import RunFolder
 from train.together import on_every_rank, on_rank_zero
 
 Works = Mapping[str, Work]  # by the path of a module
@@ -40,15 +40,16 @@ Works = Mapping[str, Work]  # by the path of a module
 class Backends:
     """of_module: by path. measured: by path, the work that was (`str` of a Work).
 
-    seconds: of a forward and backward pass, by work and candidate. tiles: kernels/tuning.py's. kept: what kernels.json is to hold, on
-    rank 0.
+    seconds: of a forward and backward pass, by work and candidate; infinite where there is no time. tiles: kernels/tuning.py's. lacking:
+    sentences, what some ranks do not have. kept: what kernels.json is to hold, on rank 0.
     """
 
     of_module: dict[str, str]
     measured: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     tiles: dict[str, int] = field(default_factory=dict)
-    kept: "Kept | None" = None
+    lacking: list[str] = field(default_factory=list)
+    kept: Kept | None = None
 
     def apply(self, model: Transformer) -> None:
         """Tells the modules of the model, narrowed or not, and the kernels."""
@@ -60,16 +61,17 @@ class Backends:
             tuning.decide(self.tiles)
 
     def notes(self) -> list[str]:
-        """Sentences for the log: what was measured, equal modules once."""
-        found = []
+        """Sentences for the log, which rank 0 writes: what ranks lack, what was chosen and why; equal modules once."""
+        found, anew = list(self.lacking), self.kept.anew if self.kept else []
         for work, path in by_layers(self.measured):
-            seconds = self.seconds[work]
-            fits = {
-                backend: f"{1e3 * value:.2f}" if value < math.inf else "no room" for backend, value in seconds.items()
-            }
-            times = ", ".join(f"{backend} {text}" for backend, text in fits.items())
+            seconds, no_time = self.seconds[work], "no room" if work in anew else "not kept"
+            texts = {name: f"{1e3 * value:.2f}" if value < math.inf else no_time for name, value in seconds.items()}
+            times = ", ".join(f"{name} {text}" for name, text in texts.items())
             why = f"ms forward and backward: {times}" if len(seconds) > 1 else "the only candidate"
             found.append(f"{path}: computed by {_fastest(seconds)}; {why}")
+        if self.kept and self.kept.resumes:
+            news = "measured anew; on a GPU last bits may differ from before"
+            found += [f"kernels.json has no time for {work}: {news}" for work in anew]
         return found
 
     def write(self, folder: RunFolder) -> None:
@@ -79,17 +81,7 @@ class Backends:
             RuntimeError: the folder cannot be written.
         """
         if self.kept is not None:
-            replace_file(
-                folder.kernels, json.dumps({"seconds": self.kept.seconds, "tiles": self.tiles}, indent=2) + "\n"
-            )
-
-
-@dataclass(frozen=True)
-class Kept:
-    """kernels.json: of every start of the run, on whatever machine. seconds: by `_described` work, then by candidate."""
-
-    seconds: dict[str, dict[str, float]]
-    tiles: dict[str, int]
+            self.kept.write(folder, tiles=self.tiles)
 
 
 def named_backend(config: Config, path: str, work: Work, device: torch.device) -> str | None:
@@ -101,9 +93,10 @@ def named_backend(config: Config, path: str, work: Work, device: torch.device) -
     if isinstance(work, BankWork):
         asked = config.model.expert_backend
         return None if asked == "auto" else _bank_backend(asked, work, device)
-    asked, serving = config.model.kernel_backend, work.candidates(device.type)
+    asked = config.model.kernel_backend
     if asked == "auto":
         return None
+    serving = work.candidates(device.type)
     if asked not in serving:
         raise ValueError(
             f"model.kernel_backend must be one that can serve {path} ({work}) on this device, {' or '.join(serving)}, but it is {asked}: "
@@ -133,7 +126,7 @@ def choose_backends(config: Config, works: Works, world: World) -> Backends:
 
     Raises:
         ValueError: the config names a backend that cannot serve the device of a rank, this dtype or these sizes.
-        RuntimeError: kernels.json cannot be read.
+        RuntimeError: kernels.json cannot be read, or a work has no room in the device's memory.
     """
     device = world.device
     asked = on_every_rank(
@@ -141,7 +134,7 @@ def choose_backends(config: Config, works: Works, world: World) -> Backends:
     )
     named = {path: backend for path, backend in asked.items() if backend is not None}
     works = {path: work for path, work in works.items() if path not in named}
-    serving = _serving_all({str(work): work for work in works.values()}, world)
+    serving, lacking = _serving_all(works, world)
     alone = {
         path: serving[str(work)][0]
         for path, work in works.items()
@@ -149,8 +142,8 @@ def choose_backends(config: Config, works: Works, world: World) -> Backends:
     }
     named, works = named | alone, {path: work for path, work in works.items() if path not in alone}
     if not works:
-        return Backends(named)
-    kept = on_rank_zero(world, lambda: _read(RunFolder(Path(config.run.dir))))
+        return Backends(named, lacking=lacking)
+    kept = on_rank_zero(world, lambda: read(RunFolder(Path(config.run.dir))))
     seconds: dict[str, dict[str, float]] = {}
     # One after the other, so that the ranks that wait do not wait for all of them at once.
     for name, work in {str(work): work for work in works.values()}.items():
@@ -160,22 +153,44 @@ def choose_backends(config: Config, works: Works, world: World) -> Backends:
     seconds, tiles = world.all_gather_object([seconds, tuning.decisions()])[0]
     measured = {path: str(work) for path, work in works.items()}
     of_module = named | {path: _fastest(seconds[name]) for path, name in measured.items()}
-    return Backends(of_module, measured, seconds, tiles, kept)
+    return Backends(of_module, measured, seconds, tiles, lacking, kept)
 
 
-def _serving_all(works: Mapping[str, Work], world: World) -> dict[str, list[str]]:
-    """By the name of a work the candidates that every rank has, in rank 0's order: a node may lack Triton.
+def _serving_all(works: Works, world: World) -> tuple[dict[str, list[str]], list[str]]:
+    """By the name of a work the candidates that every rank has, in rank 0's order, and sentences on the ranks without Triton.
 
     One all-gather of some names a work, where there is a work.
     """
     if not works:
-        return {}
-    told = world.all_gather_object({name: list(work.candidates(world.device.type)) for name, work in works.items()})
+        return {}, []
+    kind = world.device.type
+    mine = on_every_rank(world, lambda: {str(work): list(work.candidates(kind)) for work in works.values()})
+    told = world.all_gather_object([mine, why_not_triton(kind)])
     common = {
-        name: [backend for backend in told[0][name] if all(backend in mine[name] for mine in told)] for name in works
+        name: [backend for backend in backends if all(backend in theirs[name] for theirs, _ in told)]
+        for name, backends in told[0][0].items()
     }
     # of a bank with and without Triton there may be none; the loop serves wherever torch runs
-    return {name: backends or ["loop"] for name, backends in common.items()}
+    looped = [path for _, path in by_layers({path: 0 for path, work in works.items() if not common[str(work)]})]
+    serving = {name: backends or ["loop"] for name, backends in common.items()}
+    return serving, _lacking(told, looped)
+
+
+def _lacking(told: Sequence[Any], looped: Sequence[str]) -> list[str]:
+    """told: of each rank its candidates by work, and why it has no Triton. looped: paths of the banks with nothing in common."""
+    by_triton = {name for mine, _ in told for name, backends in mine.items() if "triton" in backends}
+    ranks: dict[str, list[int]] = {}
+    for rank, (mine, reason) in enumerate(told):
+        if any("triton" not in mine[name] for name in by_triton):
+            ranks.setdefault(str(reason), []).append(rank)
+    loop = f"; so only the loop is left for {', '.join(looped)}: install triton there, or name model.expert_backend"
+    found = []
+    for reason, those in ranks.items():
+        who, has = ("ranks", "have") if len(those) > 1 else ("rank", "has")
+        found.append(
+            f"{who} {_ranges(those)} of {len(told)} {has} no triton backend: {reason}" + (loop if looped else "")
+        )
+    return found
 
 
 def excluded(config: Config, works: Works, device: torch.device) -> list[str]:
@@ -211,14 +226,25 @@ def _fastest(seconds: Mapping[str, float]) -> str:
 
 
 def _measure(work: Work, candidates: Sequence[str], device: torch.device, kept: Kept | None) -> dict[str, float]:
-    """On rank 0: what was kept where it is of the same candidates, else measured, and then kept."""
+    """On rank 0: the times that were kept; where no candidate has one all are measured, and what had room is kept.
+
+    Where one has, no other is measured: it might be faster, and the run would go on with other last bits.
+    """
     assert kept is not None
-    name = _described(work, device)
-    if set(kept.seconds.get(name, {})) != set(candidates):
+    times = kept.seconds.get(_described(work, device), {})
+    if not any(backend in times for backend in candidates):
         if device.type == "cpu" and len(candidates) == 1:
             return {candidates[0]: 0.0}  # nothing to choose, no tiles either
-        kept.seconds[name] = {backend: _seconds(work, backend, device) for backend in candidates}
-    return kept.seconds[name]
+        found = {backend: _seconds(work, backend, device) for backend in candidates}
+        had_room = {backend: value for backend, value in found.items() if value < math.inf}
+        if not had_room:
+            raise RuntimeError(
+                f"a forward and backward pass of {work} must fit into the memory of {_where(device)}, but {' and '.join(candidates)} found "
+                "no room: make the micro-step smaller (raise optim.accumulation_steps)"
+            )
+        times = kept.seconds[_described(work, device)] = times | had_room
+        kept.anew.append(str(work))
+    return {backend: times.get(backend, math.inf) for backend in candidates}
 
 
 def _seconds(work: Work, backend: str, device: torch.device) -> float:
@@ -234,28 +260,11 @@ def _seconds(work: Work, backend: str, device: torch.device) -> float:
 
 def _described(work: Work, device: torch.device) -> str:
     """Everything that a measurement depends on, as text."""
-    where = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    rounding = ""
+    rounding = tuning.rounding() if device.type == "cuda" else ""
+    return f"{_where(device)}, torch {torch.__version__}{rounding}: {work}"
+
+
+def _where(device: torch.device) -> str:
     if device.type == "cuda":
-        where, rounding = torch.cuda.get_device_name(device), tuning.rounding()
-    return f"{where}, torch {torch.__version__}{rounding}: {work}"
-
-
-def _read(folder: RunFolder) -> Kept:
-    """What earlier starts have kept; the kernels take the tiles."""
-    kept = Kept({}, {})
-    if folder.kernels.exists():
-        try:
-            content = json.loads(folder.kernels.read_text(encoding="utf-8"))
-            seconds = {
-                work: {backend: float(value) for backend, value in times.items()}
-                for work, times in content["seconds"].items()
-            }
-            kept = Kept(seconds, {name: operator.index(number) for name, number in content["tiles"].items()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RuntimeError(
-                f"{folder.kernels} keeps which kernels this run computes with, but it cannot be read ({error!r}): restore it, or remove "
-                "it to have them chosen again (on a GPU the losses may then differ in their last bits)"
-            ) from error
-    tuning.decide(kept.tiles)
-    return kept
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"

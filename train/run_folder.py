@@ -1,7 +1,7 @@
 """The folder of a run: its resolved config and the versions that made it. Rank 0 writes; every rank reads.
 
 Owns config.yaml and environment.json, how a small file is replaced, and what is said when one cannot be written. metrics.py owns
-metrics.jsonl and tensorboard/, checkpoint.py owns checkpoints/, backends.py kernels.json, incident.py events.jsonl, crash.py crash.json.
+metrics.jsonl and tensorboard/, checkpoint.py checkpoints/, kernels_file.py kernels.json, incident.py events.jsonl, crash.py crash.json.
 """
 
 import contextlib

@@ -125,6 +125,10 @@ def _is_whole(number: object, *, least: int) -> bool:
 def _check_documents(document_ids_BS: Tensor | None, u_BSD: Tensor) -> None:
     if document_ids_BS is None:
         return
+    if not isinstance(document_ids_BS, Tensor):
+        raise ValueError(
+            f"document ids must be a tensor [B, S] of u, got {type(document_ids_BS).__name__}: pass an id for each position in a tensor"
+        )
     dtype = document_ids_BS.dtype
     whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
     if document_ids_BS.shape != u_BSD.shape[:2] or not whole or document_ids_BS.device != u_BSD.device:

@@ -171,6 +171,7 @@ def refused(backend: str = "torch", **changes: Any) -> str:
         ({"a": torch.ones(3).int(), "b": torch.ones(3).int()}, ("must be floats", "a and b torch.int32", "cast")),
         ({"boundary": "roll"}, ("zero, self, clamp", "'roll'")),
         ({"document_ids_BS": torch.zeros(2, 4).int()}, ("[2, 4]", "[2, 5, 6]", "an id for each position")),
+        ({"document_ids_BS": [[0] * 5] * 2}, ("must be a tensor [B, S]", "got list")),
         ({"document_ids_BS": torch.zeros(2, 5)}, ("whole numbers", "torch.float32")),
         ({"document_ids_BS": torch.zeros(2, 5).bool()}, ("whole numbers", "torch.bool")),
         ({"document_ids_BS": torch.zeros(2, 5, device="meta").int()}, ("on its device", "on meta and u [2, 5, 6] on cpu")),

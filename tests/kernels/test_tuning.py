@@ -137,6 +137,16 @@ def test_a_decision_has_the_same_name_in_every_process(measured: list[str]) -> N
     assert decisions() == {f"a GPU, {build}: ('op', 16)": 1}
 
 
+def test_a_kept_number_beyond_the_configurations_is_refused(measured: list[str]) -> None:
+    """Two of them: the largest number that any kernel may have, 3, is none of theirs. Below 0 Python would count from the end."""
+    fastest(["small", "middle"], measured.append, key="op", device=GPU)
+    (name,) = decisions()
+    for number in (2, 3, -1):
+        decide({name: number})
+        with pytest.raises(RuntimeError, match=rf"must be below 2, but {number} was kept: remove it"):
+            fastest(["small", "middle"], measured.append, key="op", device=GPU)
+
+
 def test_more_than_four_configurations_are_refused(measured: list[str]) -> None:
     with pytest.raises(ValueError, match="may have 4 configurations, got 5"):
         fastest(["a"] * 5, measured.append, key="op", device=GPU)

@@ -205,11 +205,15 @@ def test_our_counting_is_what_a_forward_pass_writes_besides_its_output(layer: La
     assert of(layer.config).work.floats == sum(products.sizes) + LENGTH * layer.besides
 
 
+@pytest.mark.parametrize("positions", ["rope", "xl"])
 @pytest.mark.parametrize("top_k", [1, 4, 16])
-def test_top_k_attention_reads_only_the_kept_keys(top_k: int):
-    full, kept = (of(AttentionConfig(num_heads=2, head_dim=4, memory_blocks=1, attend_top_k=k)) for k in (None, top_k))
+def test_top_k_attention_reads_only_the_kept_keys(top_k: int, positions: str):
+    """Besides, the scores of the distances (xl) wait for nothing: each of 2 heads has one for every pair."""
+    sizes = {"num_heads": 2, "head_dim": 4, "memory_blocks": 1, "positions": positions}
+    full, kept = (of(AttentionConfig.model_validate({**sizes, "attend_top_k": k})) for k in (None, top_k))
+    distances = 2 * LENGTH * 2 * LENGTH if positions == "xl" else 0
     assert full.work.macs - kept.work.macs == 2 * 4 * LENGTH * (2 * LENGTH - top_k)
-    assert full.work.floats - kept.work.floats == 2 * 2 * LENGTH * (2 * LENGTH - top_k)
+    assert full.work.floats - kept.work.floats == 2 * 2 * LENGTH * (2 * LENGTH - top_k) + distances
 
 
 def test_top_k_activation_works_with_the_kept_rows_of_the_second_matrix():

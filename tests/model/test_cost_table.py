@@ -125,6 +125,8 @@ def test_the_text_says_both_countings_where_they_differ_and_one_where_they_do_no
         *[f"{number // LENGTH:,}" for number in per_token],
         f"{switchhead.decode_floats:,}",
     ]
+    assert "floats: results of products and softmax, but of what only our kernels compute what is kept" in text
+    assert "floats written" not in text
     assert "one layer of switchhead on a row: " in text
     assert "one layer of attention" not in text
 

@@ -1,7 +1,8 @@
-"""Which backend each bank gets, what is kept of a measurement, and what a run that starts again takes."""
+"""Which backend each bank gets, by what measurement, and what a run that starts again on the same machine takes."""
 
 import json
 import platform
+import shutil
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,7 @@ def test_the_other_ranks_take_what_rank_zero_found_and_measure_nothing(config, m
     measured.clear()
     serving = {name: ["loop", "torch"] for name in of_zero.seconds}
     told = [{name: {"reference": 1.0} for name in of_zero.seconds}, {"a GPU: op": 2}]
-    chosen = choose_backends(config, works, SecondRank(serving, told))
+    chosen = choose_backends(config, works, SecondRank([serving, None], told))
     assert not measured
     assert set(chosen.of_module.values()) == {"reference"}
     assert chosen.tiles == {"a GPU: op": 2}
@@ -150,37 +151,35 @@ def test_what_another_machine_measured_stays_and_this_one_measures_for_itself(co
     assert len(measured) == 12
 
 
-def test_a_candidate_that_is_gone_or_new_is_measured_again(config, measured):
+def test_a_resumed_run_that_measures_anew_says_so(config, measured):
+    """Not a new one, nor a resumed one that finds its times."""
+    run(config, ALONE)
     folder, works = RunFolder(Path(config.run.dir)), works_of(config)
-    folder.path.mkdir(parents=True)
-    choose_backends(config, works, LocalMesh(CPU)).write(folder)
-    content = json.loads(folder.kernels.read_text())
-    for times in content["seconds"].values():
-        times["triton"] = 0.0
-    folder.kernels.write_text(json.dumps(content))
-    assert "triton" not in choose_backends(config, works, LocalMesh(CPU)).of_module.values()
-    assert len(measured) == 12
+    sentences = [
+        f"kernels.json has no time for {work}: measured anew; on a GPU last bits may differ from before"
+        for work in dict.fromkeys(map(str, works.values()))
+    ]
+
+    def told() -> list[str]:
+        return [note for note in choose_backends(config, works, LocalMesh(CPU)).notes() if "kernels.json" in note]
+
+    assert told() == []
+    folder.kernels.write_text('{"seconds": {}, "tiles": {}}')
+    assert told() == sentences
+    folder.kernels.unlink()
+    assert told() == sentences
+    shutil.rmtree(folder.checkpoints)
+    assert told() == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[]",
-        '{"seconds": {}}',
-        '{"seconds": 3, "tiles": {}}',
-        '{"seconds": {"work": 3}, "tiles": {}}',
-        '{"seconds": {"work": {"loop": "fast"}}, "tiles": {}}',
-        '{"seconds": {}, "tiles": {"op": 1.5}}',
-    ],
-)
-def test_a_damaged_file_is_named(config, text):
-    path = RunFolder(Path(config.run.dir)).kernels
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    with pytest.raises(RuntimeError, match=r"kernels\.json keeps which kernels .* remove it") as caught:
-        choose_backends(config, works_of(config), LocalMesh(CPU))
-    assert "\n" not in str(caught.value)
+def test_ranks_without_triton_are_named_together_by_their_reason():
+    with_triton, without = {"x": ["triton", "torch"], "y": ["torch"]}, {"x": ["torch"], "y": ["torch"]}
+    told = [[with_triton, None], *[[without, "not installed"]] * 3, [without, "no GPU"]]
+    assert backends._lacking(told, []) == [
+        "ranks 1-3 of 5 have no triton backend: not installed",
+        "rank 4 of 5 has no triton backend: no GPU",
+    ]
+    assert backends._lacking([[without, "not installed"]] * 2, []) == []
 
 
 def test_a_rank_is_measured_with_what_it_holds(config):

@@ -1,6 +1,7 @@
 """Which backends tables, the choice of their rows, top-k attention and shift mixing get."""
 
 import importlib
+import itertools
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from train.engine import LocalMesh
 from train.works import table_works
 
 CPU, ALONE = torch.device("cpu"), Layout(ep_size=1, node_size=1)
+OPS = ("product_key_topk", "shift_mix", "tables.routes")
 RELATIVES = {
     "mixers": ["hsm"],
     "switchhead": None,
@@ -35,7 +37,7 @@ def config_of(tmp_path, torch_as_it_was):
 
 def serve(monkeypatch) -> None:
     """The Triton backends are candidates."""
-    for op in ("product_key_topk", "shift_mix", "tables.routes"):
+    for op in OPS:
         monkeypatch.setattr(importlib.import_module(f"kernels.{op}"), "why_not_triton", lambda device_type: None)
 
 
@@ -77,6 +79,19 @@ def test_a_backend_that_is_named_or_alone_is_not_measured(config_of, monkeypatch
     assert notes == []
 
 
+def test_on_a_gpu_a_single_candidate_is_measured_for_its_tiles(config_of, monkeypatch):
+    found = []
+    monkeypatch.setattr(PartWork, "seconds", lambda self, backend, *, device: float(found.append(backend) or 1.0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    for op in OPS:
+        monkeypatch.setattr(importlib.import_module(f"kernels.{op}"), "why_not_triton", lambda device_type: "no Triton")
+    config = config_of()
+    _, notes = choose_kernels(config, ALONE, LocalMesh(torch.device("cuda")), build_model(config, vocab_size=256))
+    assert set(found) == {"torch"}
+    assert len(found) == 4  # two shifts, one choice of rows, one table
+    assert all(note.endswith("computed by torch; the only candidate") for note in notes)
+
+
 def test_a_backend_that_cannot_serve_is_refused_with_those_that_can(config_of):
     with pytest.raises(
         ValueError, match=r"can serve layers\.0\.feedforward\.experts .*on this device, torch, but it is triton"
@@ -85,15 +100,24 @@ def test_a_backend_that_cannot_serve_is_refused_with_those_that_can(config_of):
 
 
 def test_a_rank_is_measured_with_its_rows_and_columns_of_a_table(config_of):
-    """64 rows of 8: of four ranks, two share the columns, and each pair has half of the rows."""
+    """64 rows of 8: of four ranks, two share the columns, and each pair has half of the rows. Of the 4 x 8 tokens of all ranks those
+    arrive of whose four choices (two heads, two each) one is in this rank's range: counted over all that four choices can be.
+    """
     config, layout = config_of(), Layout(ep_size=4, node_size=4)
     paths = list(table_works(config, ALONE, {}, processes=1))
-    modes: list[tuple[Mode, int, int, int]] = [("tokens", 1, 16, 8), ("tokens", 2, 32, 4), ("weights", 1, 64, 8)]
-    for mode, columns, rows, width in modes:
+    modes: list[tuple[Mode, int, int, int, int]] = [
+        ("tokens", 1, 4, 16, 8),
+        ("tokens", 2, 2, 32, 4),
+        ("weights", 1, 1, 64, 8),
+    ]
+    for mode, columns, ranges, rows, width in modes:
         exchange = BankExchange(mode, columns, tokens_bytes=0.0, weights_bytes=0.0)
         works = table_works(config, layout, dict.fromkeys(paths, exchange), processes=4)
-        _, _, up, down, _ = works[paths[0]].work("torch", device=CPU)()
+        output, arrived, up, down, _ = works[paths[0]].work("torch", device=CPU)()
         assert up.shape == down.shape == (rows, width)
+        choices = list(itertools.product(range(ranges), repeat=2 * 2))
+        tokens = 8 if mode == "weights" else 4 * 8 * sum(0 in ranges_K for ranges_K in choices) / len(choices)
+        assert len(output) == len(arrived) == round(tokens)
 
 
 def test_a_backend_that_does_not_fit_into_memory_is_not_taken(config_of, monkeypatch):
