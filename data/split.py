@@ -85,6 +85,8 @@ class TrainSplit:
 
     def names_of(self, damaged: Mapping[str, str]) -> list[list[str]]:
         """Source, shard and problem of what `damaged` has by place (path -> problem): a checkpoint's words, for shards may move."""
+        if not damaged:
+            return []  # at every save: a walk over 100,000 shards takes 0.7 s
         places = [
             (source, shard.name, source.index.place_of(shard.name))
             for source in self.sources

@@ -66,16 +66,19 @@ def launcher_of(environ: Mapping[str, str]) -> Launcher | None:
     if not LAUNCHED & environ.keys():
         return None
     parent = os.getppid()
-    try:
+    command = None
+    with contextlib.suppress(psutil.Error):
         above = psutil.Process(parent).parent()
-        is_deepspeed = above is not None and _is_deepspeed(above.cmdline())
-    except psutil.Error:
-        above, is_deepspeed = None, False
-    return Launcher(parent, above.pid if above is not None and is_deepspeed else None)
+        if above is not None and is_deepspeed(psutil.Process(parent).cmdline(), above.cmdline()):
+            command = above.pid
+    return Launcher(parent, command)
 
 
-def _is_deepspeed(words: list[str]) -> bool:
-    """Of a command line: python /some/where/deepspeed ..., or python -m deepspeed.launcher.runner ..."""
-    return any(Path(word).name in ("deepspeed", "deepspeed.pt", "ds") for word in words[:2]) or (
-        "deepspeed.launcher.runner" in words[:3]
-    )
+def is_deepspeed(launch: list[str], command: list[str]) -> bool:
+    """Of the command lines of a parent and of its own: python -m deepspeed.launcher.launch, started by python /some/where/deepspeed or
+    python -m deepspeed.launcher.runner. A shell script of that name is none: it may end before its run.
+    """
+    if "deepspeed.launcher.launch" not in launch or not command or not Path(command[0]).name.startswith("python"):
+        return False
+    words = [word for word in command[1:] if not word.startswith("-")]
+    return bool(words) and Path(words[0]).name in ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")

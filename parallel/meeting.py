@@ -1,10 +1,11 @@
 """Where the processes of a run meet: each says that it is there, and waits a limited time for the others.
 
 Owns the store by which the process groups are made, and the sentence about who never came. Makes no group: parallel/mesh.py, the only
-caller, does, when all are there. torch alone would wait inside the making of the store and could not say for whom.
+caller, does, when all are there. torch alone would wait inside the making of the store and could not say for whom. Not under torchrun: it
+has a rendezvous of its own, notices itself which of its processes died, and starts all again, each of its agents with a count of its own
+for that; so nothing here could tell one such start from the next.
 """
 
-import os
 import socket
 import time
 from collections import defaultdict
@@ -29,8 +30,7 @@ def meet(info: ProcessInfo, *, within_s: float) -> Store:
     Raises:
         RuntimeError: on every rank that came: a rank is missing, names which; or the store cannot be opened, reached, or is gone.
     """
-    # Under torchrun one store serves all restarts: what an earlier one has left in it must not be met.
-    store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _open(info, within_s))
+    store = _open(info, within_s)
     table = PrefixStore("meeting", store)
     try:
         table.set(f"rank/{info.rank}", info.node or socket.gethostname())
@@ -39,11 +39,12 @@ def meet(info: ProcessInfo, *, within_s: float) -> Store:
         end = _wait(table, within_s) or _give_up(table, info, within_s)
         if end != _MET:
             table.add("heard", 1)
-        if end != _MET and _keeps_store(info):
+        if end != _MET and info.rank == 0:
             _stay_for_others(table)
     except dist.DistNetworkError as error:
         raise RuntimeError(
-            f"all {info.world_size} ranks must meet, but {_keeper()}, at {_place(info)}, went away before: see what it has printed"
+            f"all {info.world_size} ranks must meet, but rank 0, which keeps the store, at {_place(info)}, went away before: see what it "
+            "has printed"
         ) from error
     if end != _MET:
         raise RuntimeError(end)
@@ -51,29 +52,29 @@ def meet(info: ProcessInfo, *, within_s: float) -> Store:
 
 
 def _open(info: ProcessInfo, within_s: float) -> Store:
-    """A connection to the store; on rank 0 the store itself, unless torchrun keeps it."""
+    """A connection to the store; on rank 0 the store itself."""
     try:
-        if not _keeps_store(info):
+        if info.rank > 0:
             _reach(info.master_addr, info.master_port, within_s)
         return TCPStore(
             info.master_addr,
             info.master_port,
             info.world_size,
-            is_master=_keeps_store(info),
+            is_master=info.rank == 0,
             timeout=timedelta(seconds=within_s),
             wait_for_workers=False,
             multi_tenant=True,
         )
     except (OSError, dist.DistError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
-        if _keeps_store(info):
+        if info.rank == 0:
             raise RuntimeError(
                 f"rank 0 must open the run's store at {_place(info)}, but cannot ({reason}): another run may have the port, set "
                 "MASTER_PORT (deepspeed: --master_port) to a free one"
             ) from error
         raise RuntimeError(
-            f"all {info.world_size} ranks must meet at {_place(info)} within {within_s:g} s (parallel.meeting_s), but {_keeper()}, never "
-            f"came ({reason}): see what it has printed, or raise parallel.meeting_s if it only starts slowly"
+            f"all {info.world_size} ranks must meet at {_place(info)} within {within_s:g} s (parallel.meeting_s), but rank 0, which keeps "
+            f"the store, is not there ({reason}): see what it has printed, or raise parallel.meeting_s if it only starts slowly"
         ) from error
 
 
@@ -118,10 +119,11 @@ def _give_up(table: Store, info: ProcessInfo, within_s: float) -> str:
     for rank, host in there.items():
         ranks_of[host].append(rank)
     hosts = ", ".join(f"{_named(ranks)} on {host}" for host, ranks in ranks_of.items())
+    missing = set(range(info.world_size)) - there.keys()
+    what = f"{_named(missing)} never came; there were" if missing else "the last came too late; there are now"
     sentence = (
-        f"all {info.world_size} ranks must meet at {_place(info)} within {within_s:g} s (parallel.meeting_s), but "
-        f"{_named(set(range(info.world_size)) - there.keys())} never came; there were {hosts}: see what the missing have printed, or "
-        "raise parallel.meeting_s if they only start slowly"
+        f"all {info.world_size} ranks must meet at {_place(info)} within {within_s:g} s (parallel.meeting_s), but {what} {hosts}: see what "
+        "the missing have printed, or raise parallel.meeting_s if they only start slowly"
     )
     table.compare_set(_END, "", sentence)
     return table.get(_END).decode()
@@ -144,20 +146,6 @@ def _named(ranks: Iterable[int]) -> str:
             runs.append([rank])
     texts = [" to ".join(map(str, run)) for run in runs]
     return f"rank{'s' if len(texts) > 1 or 'to' in texts[0] else ''} {', '.join(texts)}"
-
-
-def _keeps_store(info: ProcessInfo) -> bool:
-    return info.rank == 0 and not _agent_keeps_store()
-
-
-def _agent_keeps_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _keeper() -> str:
-    return (
-        "torchrun on the first node, which keeps the store" if _agent_keeps_store() else "rank 0, which keeps the store"
-    )
 
 
 def _place(info: ProcessInfo) -> str:

@@ -171,7 +171,7 @@ def open_mesh(
 
     node_size: processes with fast links between them, consecutive ranks (None: all). A collective that waits longer than `timeout_s`
     seconds for a rank fails with an error instead of waiting for ever (some groups in whole minutes, rounded up). meeting_s: seconds
-    that a rank waits for the others to come at all.
+    that a rank waits for the others to come at all; torchrun has a limit of its own for that.
 
     Raises:
         ValueError: ep_size is above node_size and not a multiple of it, or the ranks were given different sizes.
@@ -185,9 +185,9 @@ def open_mesh(
         place = {"RANK": info.rank, "WORLD_SIZE": info.world_size, "LOCAL_RANK": info.local_rank}
         place |= {"MASTER_ADDR": info.master_addr, "MASTER_PORT": info.master_port}
         os.environ |= {name: str(value) for name, value in place.items()}  # torch and DeepSpeed read them there
-        # one process needs no port
-        store: Store = HashStore() if info.world_size == 1 else meet(info, within_s=meeting_s)
-        store.set_timeout(timedelta(seconds=timeout_s))
+        store = _open_store(info, meeting_s=meeting_s)
+        if store is not None:
+            store.set_timeout(timedelta(seconds=timeout_s))
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             rank=info.rank,
@@ -259,6 +259,13 @@ def _node_groups(
     finally:
         for group in made.values():  # left alive, each would keep its threads and connections
             dist.destroy_process_group(group)
+
+
+def _open_store(info: ProcessInfo, *, meeting_s: float) -> Store | None:
+    """None: torch opens the one that torchrun names."""
+    if info.world_size == 1:
+        return HashStore()  # needs no port
+    return None if "TORCHELASTIC_RUN_ID" in os.environ else meet(info, within_s=meeting_s)
 
 
 def _import_parallel_state() -> Any:

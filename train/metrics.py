@@ -5,6 +5,8 @@ Owns the names of the metrics. A record is one JSON object for each logged step.
 
 import json
 import math
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,11 +152,19 @@ def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float
             yield prefix + name, value
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more, as after an ssh that was cut: the run goes on and saves. (rich would end the process.)"""
+        self.quiet = True
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
 class Reporter:
     """The console of rank 0: a live progress bar on a terminal, a line for each logged step elsewhere. Silent on other ranks."""
 
     def __init__(self, *, is_main: bool, total_steps: int) -> None:
-        self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
+        self._console = _Console(quiet=not is_main, highlight=False, soft_wrap=True)
         self._progress = Progress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),

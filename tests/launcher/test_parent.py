@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.parent import _is_deepspeed
+from launcher.parent import is_deepspeed
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTER = """
@@ -32,6 +32,7 @@ parent.watch_launcher(os.environ, pathlib.Path("told").touch)
 pathlib.Path("ready").touch()
 time.sleep(30)
 """
+LAUNCH = "deepspeed.launcher.launch"
 LONG_S = 1.0  # twenty looks
 
 
@@ -41,11 +42,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., tuple[int, int]]]:
     running: list[subprocess.Popen[bytes]] = []
 
     def chain(name: str, **environment: str) -> tuple[int, int]:
-        for script in (name, "launch"):
+        for script in (name, LAUNCH):
             (tmp_path / script).write_text(STARTER)
         (tmp_path / "rank").write_text(RANK)
         clean = {key: value for key, value in os.environ.items() if key not in ("CROSS_SIZE", "TORCHELASTIC_RUN_ID")}
-        command = [sys.executable, *(str(tmp_path / script) for script in (name, "launch", "rank"))]
+        command = [sys.executable, name, LAUNCH, "rank"]
         process = subprocess.Popen(command, cwd=tmp_path, env=clean | environment, start_new_session=True)
         running.append(process)
         wait_for(tmp_path / "ready")
@@ -98,14 +99,19 @@ def test_without_a_launcher_any_parent_may_end(start, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("command", "is_deepspeed"),
+    ("command", "known"),
     [
         ("python /opt/venv/bin/deepspeed --num_accelerators 2 launcher/main.py", True),
         ("/usr/bin/python3 -m deepspeed.launcher.runner launcher/main.py", True),
+        ("python3.12 -u -m deepspeed.launcher.runner launcher/main.py", True),
         ("bash train.sh --launcher deepspeed", False),
+        ("bash ds", False),
+        ("make deepspeed", False),
         ("python -u train.py --launcher deepspeed", False),
         ("", False),
     ],
 )
-def test_the_deepspeed_command_is_known_by_its_command_line(command: str, is_deepspeed: bool):
-    assert _is_deepspeed(command.split()) is is_deepspeed
+def test_the_deepspeed_command_is_known_by_its_command_line(command: str, known: bool):
+    launch = f"python3 -u -m {LAUNCH} --world_info=e30= launcher/main.py"
+    assert is_deepspeed(launch.split(), command.split()) is known
+    assert not is_deepspeed(["python3", "-m", "torch.distributed.run", "launcher/main.py"], command.split())

@@ -9,10 +9,11 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from parallel.config import ParallelConfig, ProcessInfo, resolve_meeting_s
 from parallel.meeting import _named, meet
+from parallel.mesh import _open_store
 
 WITHIN_S = 1.0
 
@@ -89,7 +90,7 @@ def test_rank_zero_that_never_comes_is_named():
     (error,) = together([1], 2)
     assert WITHIN_S <= time.monotonic() - began < WITHIN_S + 3
     assert isinstance(error, RuntimeError)
-    assert "but rank 0, which keeps the store, never came ([Errno 111] Connection refused): see what it has" in str(
+    assert "but rank 0, which keeps the store, is not there ([Errno 111] Connection refused): see what it has" in str(
         error
     )
 
@@ -100,7 +101,7 @@ def test_rank_zero_that_goes_away_ends_the_waiting_of_the_others():
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(meet, process(1, 3, port), within_s=60)
         deadline = time.monotonic() + 10
-        while not store.check(["0/meeting/rank/1"]) and time.monotonic() < deadline:
+        while not store.check(["meeting/rank/1"]) and time.monotonic() < deadline:
             time.sleep(0.02)
         del store
         gc.collect()
@@ -121,17 +122,25 @@ def test_a_port_that_is_taken_is_told_with_what_to_set():
     assert "set MASTER_PORT (deepspeed: --master_port) to a free one" in str(error)
 
 
-def test_a_restart_in_the_same_store_of_torchrun_does_not_meet_who_came_before(monkeypatch: pytest.MonkeyPatch):
-    port = free_port()
-    agent = TCPStore("127.0.0.1", port, 2, True, timedelta(seconds=5), wait_for_workers=False)
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    for restart in range(2):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
-        assert all(isinstance(store, Store) for store in together([0, 1], 2, port=port))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+def test_who_came_while_the_limit_ran_out_is_no_reason_for_a_traceback(monkeypatch: pytest.MonkeyPatch):
+    """Rank 1 has written its name and is not counted yet when rank 0 gives up."""
+    port, add = free_port(), PrefixStore.add
+
+    def slowly(store: PrefixStore, key: str, amount: int) -> int:
+        if key == "late":
+            store.set("rank/1", "node9")
+        return add(store, key, amount)
+
+    monkeypatch.setattr(PrefixStore, "add", slowly)
     (error,) = together([0], 2, port=port)
-    assert "rank 1 never came" in str(error)
-    assert agent.check(["2/meeting/rank/0"])
+    assert isinstance(error, RuntimeError)
+    assert "but the last came too late; there are now rank 0 on node0, rank 1 on node9" in str(error)
+
+
+def test_torchrun_has_a_meeting_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """Its agents count their restarts each for itself: of two machines one may begin its second start and the other its first."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    assert _open_store(process(0, 2, free_port()), meeting_s=WITHIN_S) is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,27 @@ def test_a_place_that_cannot_be_written_is_named_with_the_remedy(folder: RunFold
         folder.metrics.mkdir()
     with pytest.raises(RuntimeError, match=rf"{name} cannot be written \(.*\): .* choose another run.dir"):
         MetricsWriter(folder, WORLD, restored_step=4)
+
+
+SAYS = """
+import sys
+from train.metrics import Reporter
+
+reporter = Reporter(is_main=True, total_steps=1)
+sys.stdin.read()
+reporter.say("nobody reads this")
+reporter.say("nor this")
+print("went on", file=sys.stderr)
+"""
+
+
+def test_a_console_that_nobody_reads_any_more_ends_no_run():
+    root, pipe = Path(__file__).resolve().parents[2], subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", SAYS], cwd=root, text=True, stdin=pipe, stdout=pipe, stderr=pipe
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        _, errors = process.communicate("", timeout=60)
+    assert (process.returncode, errors) == (0, "went on\n")
