@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def launcher_of(environ: Mapping[str, str]) -> Launcher | None:
     return Launcher(parent, command)
 
 
-def is_deepspeed(launch: list[str], command: list[str]) -> bool:
+def is_deepspeed(launch: Sequence[str], command: Sequence[str]) -> bool:
     """Of the command lines of a parent and of its own: python -m deepspeed.launcher.launch, started by python /some/where/deepspeed or
     python -m deepspeed.launcher.runner. A shell script of that name is none: it may end before its run.
     """
