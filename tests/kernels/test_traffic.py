@@ -93,7 +93,8 @@ def test_the_model_of_sort_routes_counts_every_byte_and_none_is_written_twice(
 ) -> None:
     found = interpreted(count_sort, num_ids, num_groups)
     model = sort_traffic.launches(ids=num_ids, groups=num_groups)
-    assert [(launch.asked, launch.read, launch.written) for launch in found] == list(model.values())
+    wanted = [(each.asked, each.read, each.written) for each in model.values()]
+    assert [(launch.asked, launch.read, launch.written) for launch in found] == wanted
     assert all(launch.asked_to_write == launch.written for launch in found)
 
 
