@@ -7,9 +7,8 @@ from torch import Tensor
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of autocast on the tensor's device; its own where autocast is off, and of float64."""
     device_type = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
-        return tensor.dtype
-    return torch.get_autocast_dtype(device_type)
+    off = not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type)
+    return tensor.dtype if off or tensor.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
 
 
 def as_autocast(tensor: Tensor) -> Tensor:

@@ -2,11 +2,11 @@
 
 from kernels.traffic import Example, Pass, Traffic, examples
 
-INT = 4
+INT, ID = 4, 8
 STEP, MAX_PROGRAMS = 128, 128
 
 
-def launches(*, ids: int, groups: int, id_size: int = 8) -> dict[str, Traffic]:
+def launches(*, ids: int, groups: int) -> dict[str, Traffic]:
     """By launch, for at least one id.
 
     Each program reads the counts of all, from the cache: 1 MB of them for 2,048 groups.
@@ -16,16 +16,16 @@ def launches(*, ids: int, groups: int, id_size: int = 8) -> dict[str, Traffic]:
     programs = -(-all_steps // steps)
     counts = programs * groups * INT
     return {
-        "count": Traffic(asked=ids * id_size, read=ids * id_size, written=counts),
+        "count": Traffic(asked=ids * ID, read=ids * ID, written=counts),
         "scatter": Traffic(
-            asked=ids * id_size + programs * counts, read=ids * id_size + counts, written=2 * ids * INT + groups * INT
+            asked=ids * ID + programs * counts, read=ids * ID + counts, written=2 * ids * INT + groups * INT
         ),
     }
 
 
-def bound(*, ids: int, groups: int, id_size: int = 8) -> int:
+def bound(*, ids: int, groups: int) -> int:
     """Each id read once; order, inverse and offsets written once."""
-    return ids * id_size + 2 * ids * INT + groups * INT
+    return ids * ID + 2 * ids * INT + groups * INT
 
 
 def _example(tokens: int, *, choices: int, groups: int) -> list[Example]:
