@@ -15,3 +15,17 @@ def test_experts_are_distinct_and_zipf_prefers_the_first():
         harmonic = sum(1 / (i + 1) for i in range(8))
         wanted = [1 / (i + 1) / harmonic if zipf else 1 / 8 for i in range(8)]
         assert first.tolist() == pytest.approx(wanted, abs=0.015)
+
+
+def test_copies_are_sorted_by_head_and_expert_and_tell_their_pair():
+    generator = torch.Generator().manual_seed(2)
+    copies = routes.sorted_copies(tokens=5, heads=3, num_experts=4, top_k=2, zipf=True, generator=generator)
+    wanted = sorted(
+        (pair % 3 * 4 + expert, pair * 2 + choice, pair)
+        for pair, experts in enumerate(copies.ids_PK.tolist())
+        for choice, expert in enumerate(experts)
+    )
+    groups, order, pairs = zip(*wanted, strict=True)
+    assert copies.order_C.tolist() == list(order)
+    assert copies.pair_C.tolist() == list(pairs)
+    assert copies.offsets_G.tolist() == [sum(group <= last for group in groups) for last in range(12)]
