@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kernels.expert_mlp import expert_mlp, traffic
 from kernels.expert_mlp.traffic import Shape
-from tests.kernels.compare import assert_same
+from tests.kernels.compare import assert_same, compiled
 from tests.kernels.memory import Launch, assert_touched, bytes_saved, launches_of
-from tests.kernels.test_expert_mlp import NAMES, Case, by_kernel, by_reference, make_inputs
+from tests.kernels.test_expert_mlp import Case, by_kernel, by_reference, make_inputs
 
 Run = Callable[..., Any]
 INPUTS = ("rows", "up", "down", "gates")
@@ -97,21 +97,16 @@ def test_the_megabytes_that_the_design_was_chosen_by() -> None:
         assert all(f"{number:,}" in (traffic.__doc__ or "") for number in told)
 
 
-def compiled(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Under torch.compile with one graph, by its tracer without a code generator (which the interpreter would not survive)."""
-    rest = {key: value for key, value in inputs.items() if key not in (*INPUTS, "gradient")}
-
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=False)
-    def function(*leaves: Tensor) -> Tensor:
-        return expert_mlp(*leaves, **rest, backend="triton", keep_hidden=True) * 2.0
-
-    leaves = [inputs[name].requires_grad_() for name in INPUTS]
-    output = function(*leaves)
-    return dict(zip(NAMES, (output.detach(), *torch.autograd.grad(output, leaves, inputs["gradient"])), strict=True))
+def in_one_graph(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    leaves = {name: inputs[name] for name in INPUTS}
+    rest = {name: value for name, value in inputs.items() if name not in (*INPUTS, "gradient")}
+    return compiled(
+        lambda *tensors: expert_mlp(*tensors, **rest, backend="triton", keep_hidden=True), leaves, inputs["gradient"]
+    )
 
 
 def test_compile_sees_one_graph_with_the_same_result(interpreted: Run) -> None:
-    found, wanted = interpreted(compiled, make_inputs(SMALL)), by_reference(make_inputs(SMALL))
+    found, wanted = interpreted(in_one_graph, make_inputs(SMALL)), by_reference(make_inputs(SMALL))
     assert_same(found, {name: 2.0 * tensor for name, tensor in wanted.items()})
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kernels.grouped_matmul import choose_backend, grouped_matmul
 from kernels.sum_copies import RowCopies
+from tests.kernels.compare import assert_same
 from tests.kernels.memory import launches_of
-from tests.kernels.routes import ALL, Case, Inputs, assert_same, compute, inputs_of, loop
+from tests.kernels.routes import ALL, Case, Inputs, compute, inputs_of, loop
 
 Interpreted = Callable[..., Any]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.shift_mix import candidates, shift_mix, shift_mix_step, traffic
 from kernels.shift_mix.traffic import Shape
-from tests.kernels.compare import assert_same
+from tests.kernels.compare import assert_same, compiled
 from tests.kernels.memory import assert_touched, bytes_saved, launches_of
 from tests.kernels.test_shift_mix import LEAVES, NAMES, Case, Inputs, by_backend, decoded, loop, make_inputs
 
@@ -68,22 +68,17 @@ def test_only_u_and_where_documents_begin_are_saved(backend: str, interpreted: R
     assert call(saved, make_inputs(PACKED, "zero"), backend) == traffic.saved(shape_of(PACKED))
 
 
-def compiled(inputs: Inputs) -> dict[str, Tensor]:
-    """Under torch.compile with one graph, by its tracer without a code generator (which the interpreter would not survive)."""
-
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=False)
-    def function(*leaves: Tensor) -> Tensor:
-        return shift_mix(*leaves, **inputs["rest"], backend="triton") * 2.0
-
-    leaves = [inputs[name].requires_grad_() for name in LEAVES]
-    output = function(*leaves)
-    return dict(zip(NAMES, (output.detach(), *torch.autograd.grad(output, leaves, inputs["gradient"])), strict=True))
+def in_one_graph(inputs: Inputs) -> dict[str, Tensor]:
+    leaves = {name: inputs[name] for name in LEAVES}
+    return compiled(
+        lambda *tensors: shift_mix(*tensors, **inputs["rest"], backend="triton"), leaves, inputs["gradient"]
+    )
 
 
 def test_compile_sees_one_graph_with_the_same_result(interpreted: Run) -> None:
     inputs = make_inputs(PACKED, "self")
     wanted = {name: 2.0 * each for name, each in loop(inputs).items()}
-    assert_same(interpreted(compiled, inputs), wanted, tolerance=1e-5)
+    assert_same(interpreted(in_one_graph, inputs), wanted, tolerance=1e-5)
 
 
 def checked_by_torch(inputs: Inputs) -> str:

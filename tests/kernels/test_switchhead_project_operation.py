@@ -10,12 +10,11 @@ from torch import Tensor
 from kernels.switchhead_project import traffic
 from kernels.switchhead_project.traffic import Shape
 from kernels.traffic import Traffic
-from tests.kernels.compare import assert_same
+from tests.kernels.compare import assert_same, compiled
 from tests.kernels.memory import assert_touched, bytes_saved, launches_of, recorded_launches
 from tests.kernels.test_switchhead_project import (
     FUNCTIONS,
     LEAVES,
-    NAMES,
     PARTS,
     Case,
     Inputs,
@@ -101,24 +100,17 @@ def test_the_megabytes_and_multiplications_that_the_docstring_tells(name: str, p
     assert bound < sum(each.total for each in launches.values())
 
 
-def compiled(inputs: Inputs, part: str) -> dict[str, Tensor]:
-    """Under torch.compile with one graph, by its tracer without a code generator (which the interpreter would not survive)."""
-    experts_THK = inputs["experts"]
-
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=False)
-    def function(*leaves: Tensor) -> Tensor:
-        return FUNCTIONS[part](*leaves, experts_THK=experts_THK, backend="triton") * 2.0
-
-    leaves = [inputs[name].requires_grad_() for name in LEAVES]
-    output = function(*leaves)
-    return dict(zip(NAMES, (output.detach(), *torch.autograd.grad(output, leaves, inputs["gradient"])), strict=True))
+def in_one_graph(inputs: Inputs, part: str) -> dict[str, Tensor]:
+    leaves = {name: inputs[name] for name in LEAVES}
+    options: dict[str, Any] = {"experts_THK": inputs["experts"], "backend": "triton"}
+    return compiled(lambda *tensors: FUNCTIONS[part](*tensors, **options), leaves, inputs["gradient"])
 
 
 @PARTS
 def test_compile_sees_one_graph_with_the_same_result(part: str, interpreted: Run) -> None:
     inputs = make_inputs(Case(9, 2, 3, 2, 20, 12), part)
     wanted = {name: 2.0 * tensor for name, tensor in loop(inputs, part).items()}
-    assert_same(interpreted(compiled, inputs, part), wanted)
+    assert_same(interpreted(in_one_graph, inputs, part), wanted)
 
 
 def checked_by_torch(inputs: Inputs, part: str) -> list[str]:

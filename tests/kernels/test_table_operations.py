@@ -14,7 +14,7 @@ from kernels.peer_experts import traffic
 from kernels.tables.adam import RowAdam
 from kernels.tables.routes import TableRoutes
 from kernels.tables.traffic import Shape
-from tests.kernels.compare import assert_same
+from tests.kernels.compare import assert_same, compiled
 from tests.kernels.memory import Launch, assert_touched, bytes_saved, recorded_launches
 from tests.kernels.tables import NAMES, Case, apply, by_kernel, by_loop, make_inputs
 
@@ -158,24 +158,17 @@ def test_only_rows_gates_routes_and_a_number_per_copy_are_saved(interpreted: Run
     assert interpreted(saved, inputs) == traffic.saved(shape_of(SMALL, inputs["routes"]))
 
 
-def compiled(op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Under torch.compile with one graph, by its tracer without a code generator (which the interpreter would not survive)."""
-
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=False)
-    def function(*leaves: Tensor) -> Tensor:
-        return apply(op, dict(zip(NAMES[op], leaves, strict=True)), inputs["routes"]) * 2.0
-
-    leaves = [inputs[name].requires_grad_() for name in NAMES[op]]
-    output = function(*leaves)
+def in_one_graph(op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    leaves = {name: inputs[name] for name in NAMES[op]}
     gradient = inputs["gradient_of_products" if op == "products" else "gradient"]
-    return dict(
-        zip(("output", *NAMES[op]), (output.detach(), *torch.autograd.grad(output, leaves, gradient)), strict=True)
+    return compiled(
+        lambda *tensors: apply(op, dict(zip(leaves, tensors, strict=True)), inputs["routes"]), leaves, gradient
     )
 
 
 @pytest.mark.parametrize("op", NAMES)
 def test_compile_sees_one_graph_with_the_same_result(op: str, interpreted: Run) -> None:
-    found, wanted = interpreted(compiled, op, make_inputs(SMALL)), by_loop(op, make_inputs(SMALL))
+    found, wanted = interpreted(in_one_graph, op, make_inputs(SMALL)), by_loop(op, make_inputs(SMALL))
     assert_same(found, {name: 2.0 * tensor for name, tensor in wanted.items()}, tolerance=4e-6)
 
 

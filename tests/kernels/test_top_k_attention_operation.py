@@ -10,9 +10,9 @@ from torch import Tensor
 from kernels.top_k_attention import candidates, top_k_attention, traffic
 from kernels.top_k_attention.selection import select_top_k
 from kernels.top_k_attention.traffic import Shape
-from tests.kernels.compare import assert_same
+from tests.kernels.compare import assert_same, compiled
 from tests.kernels.memory import assert_touched, bytes_saved, launches_of, recorded_launches
-from tests.kernels.test_top_k_attention import NAMES, SCALE, Case, by_kernel, by_loop, make_inputs
+from tests.kernels.test_top_k_attention import SCALE, Case, by_kernel, by_loop, make_inputs
 
 Run = Callable[..., Any]
 INPUTS = ("q", "k", "v")
@@ -50,20 +50,14 @@ def test_three_numbers_per_query_are_saved_and_the_output(interpreted: Run) -> N
     assert interpreted(saved, make_inputs(SMALL)) == traffic.saved(shape_of(SMALL)) == 2 * 20 * (3 * 4 + 5 * 4)
 
 
-def compiled(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Under torch.compile with one graph, by its tracer without a code generator (which the interpreter would not survive)."""
-
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=False)
-    def function(*leaves: Tensor) -> Tensor:
-        return top_k_attention(*leaves, top_k=inputs["top_k"], scale=SCALE, backend="triton") * 2.0
-
-    leaves = [inputs[name].requires_grad_() for name in INPUTS]
-    output = function(*leaves)
-    return dict(zip(NAMES, (output.detach(), *torch.autograd.grad(output, leaves, inputs["gradient"])), strict=True))
+def in_one_graph(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    options: dict[str, Any] = {"top_k": inputs["top_k"], "scale": SCALE, "backend": "triton"}
+    leaves = {name: inputs[name] for name in INPUTS}
+    return compiled(lambda *tensors: top_k_attention(*tensors, **options), leaves, inputs["gradient"])
 
 
 def test_compile_sees_one_graph_with_the_same_result(interpreted: Run) -> None:
-    found, wanted = interpreted(compiled, make_inputs(SMALL)), by_loop(make_inputs(SMALL))
+    found, wanted = interpreted(in_one_graph, make_inputs(SMALL)), by_loop(make_inputs(SMALL))
     assert_same(found, {name: 2.0 * tensor for name, tensor in wanted.items()}, tolerance=4e-6)
 
 
