@@ -9,7 +9,6 @@ from torch import Tensor
 from tests.model import by_hand
 from tests.model.build import (
     OPEN,
-    Recorded,
     context,
     gradients_agree,
     losses_of,
@@ -19,6 +18,7 @@ from tests.model.build import (
     sigma_moe_weights,
     with_constant_channel,
 )
+from tests.model.watch import Recorded, assert_float32_throughout
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])
@@ -169,11 +169,7 @@ def test_under_bfloat16_autocast_the_router_the_entropy_the_weights_and_the_grad
     assert torch.equal(*logits.outputs)
     assert torch.equal(losses_of(plain)[0], losses_of(narrow)[0])
     (narrow.y_BSD.float().square().sum() + losses_of(narrow)[0]).backward()
-    for value in layer.parameters():
-        assert value.dtype == torch.float32
-        assert value.grad is not None
-        assert value.grad.dtype == torch.float32
-        assert value.grad.isfinite().all()
+    assert_float32_throughout(layer)
 
 
 def test_a_rank_without_rows_takes_part_and_gives_none() -> None:

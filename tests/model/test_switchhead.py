@@ -12,8 +12,6 @@ from torch import Tensor
 from tests.model import by_hand
 from tests.model.build import (
     OPEN,
-    Recorded,
-    Watched,
     context,
     dense_attention,
     gradients_agree,
@@ -23,6 +21,7 @@ from tests.model.build import (
     switchhead_weights,
     with_constant_channel,
 )
+from tests.model.watch import Recorded, Watched, assert_float32_throughout
 
 each_position = pytest.mark.parametrize("positions", ["rope", "xl"])
 
@@ -202,11 +201,7 @@ def test_under_bfloat16_autocast_routers_weights_and_gradients_stay_float32():
         plain, narrow = logits.outputs
         assert narrow.dtype == torch.float32
         assert torch.equal(plain, narrow)
-    for value in layer.parameters():
-        assert value.dtype == torch.float32
-        assert value.grad is not None
-        assert value.grad.dtype == torch.float32
-        assert value.grad.isfinite().all()
+    assert_float32_throughout(layer)
 
 
 def test_bfloat16_autocast_is_the_float32_layer_up_to_rounding():
