@@ -90,8 +90,10 @@ def launches_of(function: Callable[..., object], *args: object, **options: objec
 def assert_touched(found: Iterable[Launch], wanted: Iterable[Traffic]) -> None:
     """The bytes of each launch are those of its model, and no element is written by two programs."""
     found = list(found)
-    assert [(launch.read, launch.written) for launch in found] == [(each.read, each.written) for each in wanted]
-    assert all(launch.asked_to_write == launch.written for launch in found), "no element is written by two programs"
+    touched, models = ([(each.read, each.written) for each in part] for part in (found, wanted))
+    assert touched == models, f"(read, written) of each launch: {touched}, the models say {models}"
+    for launch in found:
+        assert launch.asked_to_write == launch.written, f"an element is written by two programs of {launch.kernel}"
 
 
 def bytes_saved(function: Callable[[], Tensor], *, beside: Iterable[Tensor] = ()) -> int:
