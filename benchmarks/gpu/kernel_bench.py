@@ -62,6 +62,11 @@ class Inputs:
     def num_bytes(self) -> int:
         return sum(leaf.nbytes for leaf in self.leaves)
 
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        """The same numbers, as leaves of their own."""
+        leaves = tuple(leaf.detach().to(dtype, copy=True).requires_grad_() for leaf in self.leaves)
+        return replace(self, leaves=leaves, gradient=self.gradient.to(dtype))
+
 
 Function = Callable[[Inputs], Tensor]
 
@@ -119,12 +124,7 @@ def with_gradients(function: Function, inputs: Inputs) -> tuple[Tensor, ...]:
 def check(bench: Bench, layer: Layer, *, zipf: bool, device: torch.device) -> None:
     """Raises RuntimeError unless each of our functions gives the reference's output and gradients, and the same bits twice."""
     inputs = bench.checked(bench.make(layer, zipf=zipf, seed=0, device=device))
-    wide = replace(
-        inputs,
-        leaves=tuple(leaf.detach().double().requires_grad_() for leaf in inputs.leaves),
-        gradient=inputs.gradient.double(),
-    )
-    expected = with_gradients(bench.reference, wide)
+    expected = with_gradients(bench.reference, inputs.to(torch.float64))
     for name in bench.ours:
         first, second = (with_gradients(bench.functions[name], inputs) for _ in range(2))
         for part, found, again, wanted in zip(("output", *bench.leaf_names), first, second, expected, strict=True):
