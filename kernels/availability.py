@@ -1,6 +1,7 @@
 """Whether the Triton kernels can run here, without importing triton.
 
-Owns: the one sentence why they cannot. Does not own: which shapes and dtypes a kernel takes (kernels/<op>/__init__.py).
+Owns: the one sentence why they cannot, and the refusal of a backend that is unknown or cannot run. Does not own: which shapes and dtypes
+a kernel takes (kernels/<op>/__init__.py).
 Called by: the public function of every kernels/<op>/ before it imports its kernel.py.
 """
 
@@ -27,6 +28,14 @@ def why_not_triton(device_type: str) -> str | None:
         f"the triton backend computes on a GPU, got tensors on {device_type}: move them to a GPU, or choose another "
         "backend"
     )
+
+
+def check_backend(op: str, backend: str, backends: tuple[str, ...], *, device_type: str) -> None:
+    """ValueError unless the backend is one of the op's, and on tensors of this device type can run."""
+    if backend not in backends:
+        raise ValueError(f"the backend of {op} must be one of {', '.join(backends)}, got {backend!r}")
+    if backend == "triton" and (reason := why_not_triton(device_type)):
+        raise ValueError(f"{op}: {reason}")
 
 
 def interpreted() -> bool:

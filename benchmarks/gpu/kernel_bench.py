@@ -1,5 +1,4 @@
-"""The benchmark of one op, from its command line to its table: what bench_expert_mlp, bench_grouped_matmul and
-bench_switchhead_project share.
+"""The benchmark of one op on a GPU, from its command line to its table: what all of benchmarks/kernels/bench_*.py share.
 
 Owns the order: check output and gradients against the reference in float64, and print nothing if one is wrong; time all functions in
 turn over rotating inputs; the table, each row as soon as it is measured; a line for each bar; the profile. Does not own shapes, functions
@@ -39,6 +38,7 @@ from benchmarks.gpu.timing import (
     time_all,
 )
 from kernels.availability import interpreted, why_not_triton
+from kernels.traffic import Pass
 
 TOLERANCE = 2e-2  # of the largest element: a few roundings to bf16, and a sum of up to 20 such numbers
 
@@ -62,6 +62,11 @@ class Inputs:
     def num_bytes(self) -> int:
         return sum(leaf.nbytes for leaf in self.leaves)
 
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        """The same numbers, as leaves of their own."""
+        leaves = tuple(leaf.detach().to(dtype, copy=True).requires_grad_() for leaf in self.leaves)
+        return replace(self, leaves=leaves, gradient=self.gradient.to(dtype))
+
 
 Function = Callable[[Inputs], Tensor]
 
@@ -73,6 +78,12 @@ class Work:
     flops: int
     bound: int
     own: int
+
+    @classmethod
+    def of(cls, flops: int, passes: Mapping[str, Pass], *, backward: bool) -> "Work":
+        """Of the forward pass, or of both. flops: of the same."""
+        chosen = passes.values() if backward else [passes["forward"]]
+        return cls(flops, sum(each.bound for each in chosen), sum(each.total for each in chosen))
 
 
 @dataclass(frozen=True)
@@ -113,12 +124,7 @@ def with_gradients(function: Function, inputs: Inputs) -> tuple[Tensor, ...]:
 def check(bench: Bench, layer: Layer, *, zipf: bool, device: torch.device) -> None:
     """Raises RuntimeError unless each of our functions gives the reference's output and gradients, and the same bits twice."""
     inputs = bench.checked(bench.make(layer, zipf=zipf, seed=0, device=device))
-    wide = replace(
-        inputs,
-        leaves=tuple(leaf.detach().double().requires_grad_() for leaf in inputs.leaves),
-        gradient=inputs.gradient.double(),
-    )
-    expected = with_gradients(bench.reference, wide)
+    expected = with_gradients(bench.reference, inputs.to(torch.float64))
     for name in bench.ours:
         first, second = (with_gradients(bench.functions[name], inputs) for _ in range(2))
         for part, found, again, wanted in zip(("output", *bench.leaf_names), first, second, expected, strict=True):
@@ -233,8 +239,25 @@ def interpret(op: str) -> None:
     os.execve(sys.executable, command, os.environ | {"TRITON_INTERPRET": "1"})
 
 
-def main(bench: Bench) -> None:
-    """The command line of a bench: prints the table, or exits with one sentence; with no table, if a function is wrong."""
+def report(bench: Bench, layers: Sequence[Layer], machine: Machine, speeds: Speeds) -> None:
+    """Checks every layer, then prints each row as soon as it is measured, and the verdicts."""
+    routings = (False, True) if machine.measures else (True,)
+    for layer, zipf in itertools.product(layers, routings):
+        check(bench, layer, zipf=zipf, device=machine.device)
+    rows = []
+    print(head(bench, machine, speeds), flush=True)
+    for layer, zipf, backward in itertools.product(layers, routings, (False, True)):
+        print(f"{bench.op}: {layer.name}, zipf {zipf}, backward {backward}", file=sys.stderr, flush=True)
+        rows.append(measure(bench, layer, machine, speeds, zipf=zipf, backward=backward))
+        print(rows[-1], flush=True)
+    print("", *verdicts(bench, rows), sep="\n", flush=True)
+
+
+def main(bench: Bench, *, report: Callable[..., None] = report) -> None:
+    """The command line of a bench: prints the table, or exits with one sentence; with no table, if a function is wrong.
+
+    report(bench, layers, machine, speeds): the check, the rows and the verdicts.
+    """
     parser = argparse.ArgumentParser(description=f"How fast {bench.op} is on a GPU.")
     add = parser.add_argument
     add("--layers", nargs="+", choices=[layer.name for layer in bench.layers], help="some of them (default all)")
@@ -255,16 +278,7 @@ def main(bench: Bench) -> None:
             raise RuntimeError(reason)
         layers = bench.smoke_layers if args.smoke else bench.layers
         layers = [layer for layer in layers if not args.layers or layer.name in args.layers]
-        routings = (True,) if args.smoke else (False, True)
-        for layer, zipf in itertools.product(layers, routings):
-            check(bench, layer, zipf=zipf, device=machine.device)
-        rows = []
-        print(head(bench, machine, speeds), flush=True)
-        for layer, zipf, backward in itertools.product(layers, routings, (False, True)):
-            print(f"{bench.op}: {layer.name}, zipf {zipf}, backward {backward}", file=sys.stderr, flush=True)
-            rows.append(measure(bench, layer, machine, speeds, zipf=zipf, backward=backward))
-            print(rows[-1], flush=True)
-        print("", *verdicts(bench, rows), sep="\n", flush=True)
+        report(bench, layers, machine, speeds)
         if args.profile:
             write_profiles(bench, layers, machine, args.profile)
     except (RuntimeError, ValueError) as error:

@@ -6,17 +6,17 @@ work(backward=True) is that of the backward pass alone, and whose `share` has th
 Called by: benchmarks/kernels/bench_peer_experts.py and bench_embedding_bag.py.
 """
 
-import argparse
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.kernel_bench import Bench, Inputs, check, interpret, write_profiles
+from benchmarks.gpu import kernel_bench
+from benchmarks.gpu.kernel_bench import Bench, Inputs, Work, check
 from benchmarks.gpu.timing import (
     CALLS,
     NOT_MEASURED,
@@ -24,18 +24,14 @@ from benchmarks.gpu.timing import (
     Bar,
     Machine,
     Speeds,
-    add_speed_arguments,
-    find_machine,
     header,
     hosts,
     median,
     milliseconds,
     num_sets,
     run_once,
-    speeds_of,
     time_all,
 )
-from kernels.availability import interpreted, why_not_triton
 from kernels.tables.routes import TableRoutes
 
 COPIED = 1 << 30  # bytes read, and as many written: many times the cache
@@ -76,6 +72,13 @@ def routes_of(entry_TA: Tensor) -> TableRoutes:
     tokens, choices = entry_TA.shape
     token_C = torch.arange(tokens, device=entry_TA.device).repeat_interleave(choices)
     return TableRoutes.of(entry_TA.flatten(), token_C, token_C, num_rows=tokens, num_outputs=tokens)
+
+
+def work(traffic: ModuleType, layer: Layer, *, backward: bool) -> Work:
+    """Of one pass. traffic: kernels/<op>/traffic.py."""
+    shape = traffic.layer(tokens=layer.tokens, choices=layer.choices, entries=layer.num_entries, d_model=layer.d_model)
+    own = traffic.passes(shape)["backward" if backward else "forward"].total
+    return Work(traffic.flops(shape, backward=backward), traffic.must_move(shape, backward=backward), own)
 
 
 def copy_bandwidth(machine: Machine) -> float | None:
@@ -171,38 +174,19 @@ def verdicts(bench: Bench, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def main(bench: Bench) -> None:
-    """The command line: prints the table, or exits with one sentence; with no table, if a function is wrong."""
-    parser = argparse.ArgumentParser(description=f"How fast {bench.op} is on a GPU.")
-    parser.add_argument("--layers", nargs="+", choices=[layer.name for layer in bench.layers], help="some of them")
-    parser.add_argument("--smoke", action="store_true", help="tiny, in Triton's interpreter on a CPU, without times")
-    parser.add_argument(
-        "--profile", type=Path, metavar="FILE", help="append the kernels of one forward+backward to FILE"
-    )
-    add_speed_arguments(parser)
-    args = parser.parse_args()
-    try:
-        if args.smoke and not interpreted():
-            interpret(bench.op)
-        machine = find_machine(smoke=args.smoke)
-        speeds = speeds_of(machine, args)
-        if reason := why_not_triton(machine.device.type):
-            raise RuntimeError(reason)
-        layers = bench.smoke_layers if args.smoke else bench.layers
-        layers = [layer for layer in layers if not args.layers or layer.name in args.layers]
-        for layer, zipf in itertools.product(layers, (False, True)):
-            check(bench, layer, zipf=zipf, device=machine.device)
-        bandwidth, rows = copy_bandwidth(machine), []
-        print(head(bench, machine, bandwidth, speeds), flush=True)
-        for layer, zipf, backward in itertools.product(layers, (False, True), (False, True)):
-            rows.append(measure(bench, layer, machine, bandwidth, zipf=zipf, backward=backward))
-            print(rows[-1].text, flush=True)
-        print()
-        print(*verdicts(bench, rows), sep="\n")
-        if args.profile:
-            write_profiles(bench, layers, machine, args.profile)
-    except (RuntimeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+def report(bench: Bench, layers: Sequence[Layer], machine: Machine, speeds: Speeds) -> None:
+    """Checks every layer, then prints its rows and the verdicts."""
+    for layer, zipf in itertools.product(layers, (False, True)):
+        check(bench, layer, zipf=zipf, device=machine.device)
+    bandwidth, rows = copy_bandwidth(machine), []
+    print(head(bench, machine, bandwidth, speeds), flush=True)
+    for layer, zipf, backward in itertools.product(layers, (False, True), (False, True)):
+        rows.append(measure(bench, layer, machine, bandwidth, zipf=zipf, backward=backward))
+        print(rows[-1].text, flush=True)
+    print("", *verdicts(bench, rows), sep="\n", flush=True)
+
+
+main = partial(kernel_bench.main, report=report)
 
 
 def few_tokens(inputs: Inputs, *, tables: tuple[int, ...], entries: int = 4096, tokens: int = 128) -> Inputs:

@@ -1,4 +1,4 @@
-"""Times of GPU work, and what every GPU benchmark says about them: hardware, speeds, routes, medians, met or missed, profiles.
+"""Times of GPU work, and what every GPU benchmark says about them: hardware, speeds, medians, met or missed, profiles.
 
 Owns these and no benchmark. On a CPU nothing is timed: `Machine.measures` is false, and a benchmark then shows that it runs.
 Called by: benchmarks/gpu/kernel_bench.py, benchmarks/gpu/layers.py and benchmarks/gpu/training.py. It does not import triton, so that
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLS, WARM_UP = 30, 5
@@ -121,12 +120,6 @@ def header(machine: Machine, *, title: str, notes: Sequence[str], columns: Seque
         "|---" * len(columns) + "|",
     ]
     return "\n".join(lines)
-
-
-def choose_experts(*, tokens: int, num_experts: int, top_k: int, zipf: bool, generator: torch.Generator) -> Tensor:
-    """Distinct experts of each token (T, K). Zipf 1.0: expert i is drawn in proportion to 1 / (i + 1); else all alike."""
-    chances_E = torch.arange(1, num_experts + 1, device=generator.device).float() ** (-1.0 if zipf else 0.0)
-    return torch.multinomial(chances_E.expand(tokens, -1), top_k, generator=generator)
 
 
 def num_sets(bytes_of_one: int, machine: Machine, *, functions: int = 1) -> int:

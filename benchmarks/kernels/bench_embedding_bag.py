@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.kernel_bench import Bench, Inputs, Work
-from benchmarks.gpu.table_bench import Layer, choose, few_tokens, main
+from benchmarks.gpu.kernel_bench import Bench, Inputs
+from benchmarks.gpu.table_bench import Layer, choose, few_tokens, main, work
 from kernels.embedding_bag import embedding_bag, traffic
 from kernels.embedding_bag.reference import reference
 
@@ -51,13 +51,6 @@ def by_reference(inputs: Inputs) -> Tensor:
     return reference(table, gates, inputs.rest.routes)
 
 
-def work(layer: Layer, *, backward: bool) -> Work:
-    shape = traffic.layer(tokens=layer.tokens, choices=layer.choices, entries=layer.num_entries, d_model=layer.d_model)
-    launches = (traffic.backward if backward else traffic.forward)(shape).values()
-    moved = traffic.must_move(shape, backward=backward)
-    return Work(traffic.flops(shape, backward=backward), moved, sum(each.total for each in launches))
-
-
 BENCH = Bench(
     op="embedding_bag",
     layers=LAYERS,
@@ -70,7 +63,7 @@ BENCH = Bench(
     faster="ours",
     rival="torch",
     reference=by_reference,
-    work=work,
+    work=partial(work, traffic),
     notes=(
         "torch: F.embedding_bag with per_sample_weights in bf16 and a dense gradient",
         "ours: the routes and their sort are made before the clock starts, as a layer makes them once for both passes",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.kernel_bench import Bench, Inputs, Work, main
-from benchmarks.gpu.timing import choose_experts
+from benchmarks.gpu.routes import sorted_copies
 from kernels.expert_mlp import expert_mlp, traffic
 from kernels.expert_mlp.reference import reference
 from kernels.sum_copies import RowCopies
@@ -64,19 +64,17 @@ def make(layer: Layer, *, zipf: bool, seed: int, device: torch.device) -> Inputs
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
 
-    ids_TK = choose_experts(
+    copies = sorted_copies(
         tokens=layer.tokens, num_experts=num_experts, top_k=layer.top_k, zipf=zipf, generator=generator
     )
-    sorted_C, order_C = ids_TK.flatten().sort(stable=True)
-    index_C = order_C // layer.top_k
-    offsets_L = torch.searchsorted(sorted_C, torch.arange(num_experts, device=device), right=True).int()
+    index_C = copies.pair_C
     leaves = (
         normal(layer.tokens, d).bfloat16().requires_grad_(),
         (normal(num_experts, d, f) / d**0.5).bfloat16().requires_grad_(),
         (normal(num_experts, f, d) / f**0.5).bfloat16().requires_grad_(),
         torch.rand(len(index_C), generator=generator, device=device).requires_grad_(),
     )
-    routes = Routes(index_C, offsets_L, RowCopies.of(index_C, num_rows=layer.tokens))
+    routes = Routes(index_C, copies.offsets_G, RowCopies.of(index_C, num_rows=layer.tokens))
     return Inputs(leaves, normal(layer.tokens, d).bfloat16(), routes)
 
 
@@ -131,13 +129,7 @@ def by_reference(inputs: Inputs) -> Tensor:
 
 def work(layer: Layer, *, backward: bool) -> Work:
     shape = layer.shape()
-    launches = list(traffic.forward(shape, held=True).values())
-    bound = traffic.forward_bound(shape)
-    if backward:
-        launches += traffic.backward(shape, held=True).values()
-        bound += traffic.backward_bound(shape)
-    own = sum(each.read + each.written for each in launches)
-    return Work(traffic.flops(shape, backward=backward), bound, own)
+    return Work.of(traffic.flops(shape, backward=backward), traffic.passes(shape), backward=backward)
 
 
 BENCH = Bench(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.kernel_bench import Bench, Inputs, Work, main
-from benchmarks.gpu.timing import choose_experts
+from benchmarks.gpu.routes import sorted_copies
 from kernels.grouped_matmul import grouped_matmul, traffic
 from kernels.grouped_matmul.reference import reference
 from kernels.sum_copies import RowCopies
@@ -75,24 +75,19 @@ def make(layer: Layer, *, zipf: bool, seed: int, device: torch.device) -> Inputs
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
 
-    pairs = layer.tokens * heads
-    ids_PK = choose_experts(
-        tokens=pairs, num_experts=layer.num_experts, top_k=layer.top_k, zipf=zipf, generator=generator
-    )
-    head_P1 = (torch.arange(pairs, device=device) % heads)[:, None]
-    sorted_C, order_C = (head_P1 * layer.num_experts + ids_PK).flatten().sort(stable=True)
-    pair_C = order_C // layer.top_k
-    token_C = pair_C // heads
+    copies = sorted_copies(
+        tokens=layer.tokens, heads=heads, num_experts=layer.num_experts, top_k=layer.top_k, zipf=zipf, generator=generator
+    )  # fmt: skip
+    pair_C, token_C = copies.pair_C, copies.pair_C // heads
     row_index_C, output_index_C = (token_C, pair_C) if layer.side == "values" else (pair_C, token_C)
     routes = Routes(
-        row_index_C, output_index_C, torch.searchsorted(sorted_C, torch.arange(groups, device=device), right=True).int(),
-        layer.num_outputs, "after" if layer.side == "values" else "before",
+        row_index_C, output_index_C, copies.offsets_G, layer.num_outputs, "after" if layer.side == "values" else "before",
         RowCopies.of(row_index_C, num_rows=layer.num_rows), RowCopies.of(output_index_C, num_rows=layer.num_outputs),
     )  # fmt: skip
     leaves = (
         normal(layer.num_rows, layer.width_in).bfloat16().requires_grad_(),
         (normal(groups, layer.width_in, layer.width_out) / layer.width_in**0.5).bfloat16().requires_grad_(),
-        torch.rand(len(order_C), generator=generator, device=device).requires_grad_(),
+        torch.rand(len(pair_C), generator=generator, device=device).requires_grad_(),
     )
     return Inputs(leaves, normal(layer.num_outputs, layer.width_out).bfloat16(), routes)
 
@@ -161,12 +156,8 @@ def work(layer: Layer, *, backward: bool) -> Work:
         sizes=(copies // groups,) * groups, rows=layer.num_rows, outputs=layer.num_outputs, width_in=layer.width_in,
         width_out=layer.width_out,
     )  # fmt: skip
-    launches, bound = list(traffic.forward(shape).values()), traffic.forward_bound(shape)
-    if backward:
-        launches += traffic.backward(shape).values()
-        bound += traffic.backward_bound(shape)
     flops = 2 * copies * layer.width_in * layer.width_out * (3 if backward else 1)
-    return Work(flops, bound, sum(each.read + each.written for each in launches))
+    return Work.of(flops, traffic.passes(shape), backward=backward)
 
 
 BENCH = Bench(

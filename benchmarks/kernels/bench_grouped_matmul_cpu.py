@@ -14,11 +14,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.kernel_bench import Function, Inputs, with_gradients
 from kernels.grouped_matmul import grouped_matmul
 from kernels.grouped_matmul.cpu import why_not_torch
 from kernels.grouped_matmul.reference import reference
@@ -64,14 +66,6 @@ SHAPES = (
 
 
 @dataclass(frozen=True)
-class Inputs:
-    rows_RM: Tensor
-    weights_GMN: Tensor
-    offsets_G: Tensor
-    gradient_RN: Tensor
-
-
-@dataclass(frozen=True)
 class Timing:
     """Milliseconds: the median, and half the distance between the quartiles; and the ratio to the dense matmul."""
 
@@ -93,22 +87,26 @@ def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
     chances_G = torch.linspace(0.4, 1.6, shape.groups)
     groups_R = torch.multinomial(chances_G, shape.rows, replacement=True, generator=generator)
     counts_G = torch.bincount(groups_R, minlength=shape.groups)
-    return Inputs(
-        rows_RM=torch.randn(shape.rows, shape.width_in, generator=generator).to(dtype),
-        weights_GMN=(torch.randn(shape.groups, shape.width_in, shape.width_out, generator=generator) / 8).to(dtype),
-        offsets_G=counts_G.cumsum(0, dtype=torch.int32),
-        gradient_RN=torch.randn(shape.rows, shape.width_out, generator=generator).to(dtype),
-    )
+    rows_RM = torch.randn(shape.rows, shape.width_in, generator=generator)
+    weights_GMN = torch.randn(shape.groups, shape.width_in, shape.width_out, generator=generator) / 8
+    gradient_RN = torch.randn(shape.rows, shape.width_out, generator=generator)
+    return Inputs((rows_RM, weights_GMN), gradient_RN, counts_G.cumsum(0, dtype=torch.int32)).to(dtype)
+
+
+def by(backend: str) -> Function:
+    return lambda inputs: grouped_matmul(*inputs.leaves, offsets_G=inputs.rest, backend=backend)
+
+
+def dense(inputs: Inputs) -> Tensor:
+    rows_RM, weights_1MN = inputs.leaves
+    return rows_RM @ weights_1MN[0]
 
 
 def check(shape: Shape, dtype: torch.dtype, backend: str) -> None:
     """Raises RuntimeError unless output and both gradients are those of the reference in float64."""
     inputs = make_inputs(shape, dtype)
-    actual = with_gradients(lambda r, w: grouped_matmul(r, w, offsets_G=inputs.offsets_G, backend=backend), inputs)
-    doubled = Inputs(
-        inputs.rows_RM.double(), inputs.weights_GMN.double(), inputs.offsets_G, inputs.gradient_RN.double()
-    )
-    expected = with_gradients(lambda r, w: reference(r, w, offsets_G=inputs.offsets_G), doubled)
+    actual = with_gradients(by(backend), inputs)
+    expected = with_gradients(lambda wide: reference(*wide.leaves, offsets_G=wide.rest), inputs.to(torch.float64))
     for name, tensor, wanted in zip(
         ("output", "gradient of rows", "gradient of weights"), actual, expected, strict=True
     ):
@@ -120,26 +118,16 @@ def check(shape: Shape, dtype: torch.dtype, backend: str) -> None:
             )
 
 
-def with_gradients(function: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
-    rows_RM = inputs.rows_RM.detach().requires_grad_()
-    weights_GMN = inputs.weights_GMN.detach().requires_grad_()
-    output_RN = function(rows_RM, weights_GMN)
-    return output_RN.detach(), *torch.autograd.grad(output_RN, (rows_RM, weights_GMN), inputs.gradient_RN)
-
-
 def candidates(shape: Shape, dtype: torch.dtype, *, backward: bool) -> dict[str, Callable[[], object]]:
     """What is timed, by name: a dense matmul of as many FLOPs, and each backend that serves this shape."""
     inputs = make_inputs(shape, dtype)
-    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"dense": lambda r, w: r @ w[0]}
-    for backend in serving(shape, dtype):
-        functions[backend] = lambda r, w, backend=backend: grouped_matmul(
-            r, w, offsets_G=inputs.offsets_G, backend=backend
-        )
-    dense_inputs = Inputs(inputs.rows_RM, inputs.weights_GMN[:1].clone(), inputs.offsets_G, inputs.gradient_RN)
-    data = {name: dense_inputs if name == "dense" else inputs for name in functions}
+    rows_RM, weights_GMN = inputs.leaves
+    one_matrix = replace(inputs, leaves=(rows_RM, weights_GMN.detach()[:1].clone().requires_grad_()))
+    timed: dict[str, tuple[Function, Inputs]] = {"dense": (dense, one_matrix)}
+    timed |= {backend: (by(backend), inputs) for backend in serving(shape, dtype)}
     if backward:
-        return {name: lambda f=f, d=data[name]: with_gradients(f, d) for name, f in functions.items()}
-    return {name: lambda f=f, d=data[name]: f(d.rows_RM, d.weights_GMN) for name, f in functions.items()}
+        return {name: partial(with_gradients, function, given) for name, (function, given) in timed.items()}
+    return {name: torch.no_grad()(partial(function, given)) for name, (function, given) in timed.items()}
 
 
 def time_all(functions: dict[str, Callable[[], object]], *, seconds: float) -> dict[str, Timing]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.gpu.kernel_bench import Bench, Inputs, check, with_gradients
+from benchmarks.gpu.kernel_bench import Bench, check, with_gradients
 from benchmarks.gpu.timing import commit
 from benchmarks.kernels import bench_product_key_topk, bench_shift_mix
 from benchmarks.kernels.bench_product_key_topk import Layer as Choice
@@ -35,11 +35,6 @@ HEADER = """# product_key_topk and shift_mix on a CPU
 |---|---|---|---|---|---|"""
 
 
-def in_float32(inputs: Inputs) -> Inputs:
-    leaves = tuple(leaf.detach().float().requires_grad_() for leaf in inputs.leaves)
-    return Inputs(leaves, inputs.gradient.float(), inputs.rest)
-
-
 def milliseconds(call: Callable[[], object]) -> float:
     began = time.process_time()
     call()
@@ -47,7 +42,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def row(bench: Bench, layer: Choice | Mix, names: tuple[str, str], *, backward: bool) -> str:
-    inputs = in_float32(bench.make(layer, zipf=False, seed=0, device=torch.device("cpu")))
+    inputs = bench.make(layer, zipf=False, seed=0, device=torch.device("cpu")).to(torch.float32)
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(WARM_UP + CALLS):
         for name in names:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.kernel_bench import Bench, Inputs, Work
-from benchmarks.gpu.table_bench import Layer, choose, few_tokens, main
+from benchmarks.gpu.kernel_bench import Bench, Inputs
+from benchmarks.gpu.table_bench import Layer, choose, few_tokens, main, work
 from kernels.peer_experts import peer_experts, traffic
 from kernels.peer_experts.reference import reference
 
@@ -55,13 +55,6 @@ def by_reference(inputs: Inputs) -> Tensor:
     return reference(*inputs.leaves, routes=inputs.rest.routes, activation="gelu")
 
 
-def work(layer: Layer, *, backward: bool) -> Work:
-    shape = traffic.layer(tokens=layer.tokens, choices=layer.choices, entries=layer.num_entries, d_model=layer.d_model)
-    launches = (traffic.backward if backward else traffic.forward)(shape).values()
-    moved = traffic.must_move(shape, backward=backward)
-    return Work(traffic.flops(shape, backward=backward), moved, sum(each.total for each in launches))
-
-
 BENCH = Bench(
     op="peer_experts",
     layers=LAYERS,
@@ -74,7 +67,7 @@ BENCH = Bench(
     faster="ours",
     rival="torch",
     reference=by_reference,
-    work=work,
+    work=partial(work, traffic),
     notes=(
         "torch: two F.embedding, two einsum, dense gradients; keeps both gathered (tokens, choices, D) for its backward pass",
         "ours: the routes and their sort are made before the clock starts, as a layer makes them once for both passes",

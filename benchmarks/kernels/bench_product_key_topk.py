@@ -96,12 +96,7 @@ def by_reference(inputs: Inputs) -> Tensor:
 
 def work(layer: Layer, *, backward: bool) -> Work:
     shape = layer.shape()
-    launches, bound = list(traffic.forward(shape).values()), traffic.forward_bound(shape)
-    if backward:
-        launches += traffic.backward(shape).values()
-        bound += traffic.backward_bound(shape)
-    flops = int(OF_BF16 * traffic.flops(shape, backward=backward))
-    return Work(flops, bound, sum(each.total for each in launches))
+    return Work.of(int(OF_BF16 * traffic.flops(shape, backward=backward)), traffic.passes(shape), backward=backward)
 
 
 BENCH = Bench(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.kernel_bench import Bench, Inputs, Work, main
-from benchmarks.gpu.timing import choose_experts
+from benchmarks.gpu.routes import sorted_copies
 from kernels.grouped_matmul import grouped_matmul
 from kernels.sum_copies import RowCopies
 from kernels.switchhead_project import project_outputs, project_values, reference, traffic
@@ -74,20 +74,16 @@ def make(layer: Layer, *, zipf: bool, seed: int, device: torch.device) -> Inputs
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
 
-    pairs = layer.tokens * heads
-    ids_PK = choose_experts(
-        tokens=pairs, num_experts=layer.num_experts, top_k=layer.top_k, zipf=zipf, generator=generator
-    )
-    head_P1 = (torch.arange(pairs, device=device) % heads)[:, None]
-    sorted_C, order_C = (head_P1 * layer.num_experts + ids_PK).flatten().sort(stable=True)
-    pair_C = order_C // layer.top_k
-    index = {"wide": (pair_C // heads, layer.tokens), "narrow": (pair_C, pairs)}
+    copies = sorted_copies(
+        tokens=layer.tokens, heads=heads, num_experts=layer.num_experts, top_k=layer.top_k, zipf=zipf, generator=generator
+    )  # fmt: skip
+    index = {"wide": (copies.pair_C // heads, layer.tokens), "narrow": (copies.pair_C, layer.tokens * heads)}
     (row_index_C, num_rows), (output_index_C, num_outputs) = (
         index[name] for name in (("wide", "narrow") if values else ("narrow", "wide"))
     )
     routes = Routes(
-        layer.side, ids_PK.view(layer.tokens, heads, layer.top_k), order_C, row_index_C, output_index_C,
-        torch.searchsorted(sorted_C, torch.arange(groups, device=device), right=True).int(),
+        layer.side, copies.ids_PK.view(layer.tokens, heads, layer.top_k), copies.order_C, row_index_C, output_index_C,
+        copies.offsets_G,
         RowCopies.of(row_index_C, num_rows=num_rows), RowCopies.of(output_index_C, num_rows=num_outputs),
     )  # fmt: skip
     wide, narrow = (layer.tokens, layer.d_model), (layer.tokens, heads, layer.head_dim)
@@ -148,12 +144,8 @@ def by_reference(inputs: Inputs) -> Tensor:
 
 def work(layer: Layer, *, backward: bool) -> Work:
     shape = layer.shape()
-    launches = [*getattr(traffic, f"{layer.side}_forward")(shape).values()]
-    bound = traffic.forward_bound(shape)
-    if backward:
-        launches += getattr(traffic, f"{layer.side}_backward")(shape).values()
-        bound += traffic.backward_bound(shape, values=layer.side == "values")
-    return Work(traffic.flops(shape, backward=backward), bound, sum(each.total for each in launches))
+    passes = traffic.passes(shape, values=layer.side == "values")
+    return Work.of(traffic.flops(shape, backward=backward), passes, backward=backward)
 
 
 BENCH = Bench(

@@ -105,12 +105,7 @@ def by_reference(inputs: Inputs) -> Tensor:
 def work(layer: Layer, *, backward: bool) -> Work:
     """Of a row that is one document."""
     shape = layer.shape()
-    launches = [*traffic.forward(shape).values()]
-    bound = traffic.forward_bound(shape)
-    if backward:
-        launches += traffic.backward(shape).values()
-        bound += traffic.backward_bound(shape)
-    return Work(traffic.flops(shape, backward=backward), bound, sum(each.total for each in launches))
+    return Work.of(traffic.flops(shape, backward=backward), traffic.passes(shape), backward=backward)
 
 
 BENCH = Bench(

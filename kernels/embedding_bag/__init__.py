@@ -6,8 +6,9 @@ chose the rows (model/product_keys.py) and where a table lives (parallel/expert.
 
 from torch import Tensor
 
+from kernels.autocast import autocast_dtype
 from kernels.tables.adam import RowAdam
-from kernels.tables.routes import TableRoutes, autocast_dtype, candidates, check_adam, check_backend, check_tables
+from kernels.tables.routes import TableRoutes, candidates, check_adam, check_backend, check_tables
 
 __all__ = ["BACKENDS", "candidates", "embedding_bag"]
 

@@ -7,8 +7,8 @@ The gradient that a pass is given has the dtype of the output: the table's, outs
 """
 
 from kernels.peer_experts.traffic import layer
-from kernels.tables.traffic import FLOAT, INDEX, INT, Shape, Traffic, gradient, products, sums
-from kernels.traffic import Example
+from kernels.tables.traffic import FLOAT, INDEX, INT, Shape, examples_without_cache, gradient, products, sums
+from kernels.traffic import Pass, Traffic
 
 
 def forward(shape: Shape) -> dict[str, Traffic]:
@@ -33,31 +33,22 @@ def backward_bound(shape: Shape) -> int:
     return shape.touched_bytes + shape.row_bytes(shape.outputs) + small + shape.table_bytes
 
 
+def passes(shape: Shape) -> dict[str, Pass]:
+    return {
+        "forward": Pass(forward(shape), forward_bound(shape)),
+        "backward": Pass(backward(shape), backward_bound(shape)),
+    }
+
+
 def must_move(shape: Shape, *, backward: bool) -> int:
     """The bound where no cache holds the table's rows until they are read again."""
-    return (backward_bound(shape) if backward else forward_bound(shape)) + shape.again_bytes
+    return passes(shape)["backward" if backward else "forward"].bound + shape.again_bytes
 
 
 def flops(shape: Shape, *, backward: bool) -> int:
     return (4 if backward else 2) * shape.copies * shape.d_model
 
 
-def _examples(name: str, shape: Shape) -> list[Example]:
-    found = {
-        "forward, no row from a cache": (forward(shape), forward_bound(shape)),
-        "backward, no row from a cache": (backward(shape), backward_bound(shape)),
-    }
-    return [
-        Example(
-            shape=name,
-            part=part,
-            tokens=shape.outputs,
-            read=sum(each.read + each.again for each in launches.values()),
-            written=sum(each.written for each in launches.values()),
-            bound=bound,
-        )
-        for part, (launches, bound) in found.items()
-    ]
-
-
-EXAMPLES = _examples("Memory+: 1,024^2 values, 4 heads, k 32, D 1,024, 8,192 tokens", layer(tokens=8192))
+EXAMPLES = examples_without_cache(
+    "Memory+: 1,024^2 values, 4 heads, k 32, D 1,024, 8,192 tokens", passes(layer(tokens=8192)), tokens=8192
+)

@@ -8,7 +8,8 @@ Called by: model/experts.py.
 import torch
 from torch import Tensor
 
-from kernels.availability import why_not_triton
+from kernels.autocast import as_autocast
+from kernels.availability import check_backend
 from kernels.expert_mlp.reference import reference
 from kernels.sum_copies import RowCopies
 
@@ -61,7 +62,7 @@ def expert_mlp(
         ValueError: shapes, dtypes, devices, indices or offsets that do not fit together; "triton" without a GPU. What
             indices and offsets hold is not looked at on a GPU: reading them would stall the stream.
     """
-    rows_RD, up_LDF, down_LFD = (_as_autocast(each, rows_RD.device.type) for each in (rows_RD, up_LDF, down_LFD))
+    rows_RD, up_LDF, down_LFD = map(as_autocast, (rows_RD, up_LDF, down_LFD))
     _check_shapes(rows_RD, up_LDF, down_LFD)
     shape = (up_LDF.shape[0], up_LDF.shape[2])
     _check_copies(gates_C, row_index_C, output_index_C, offsets_L, factors_CF, shape=shape, device=rows_RD.device)
@@ -90,21 +91,9 @@ def expert_mlp(
     return output_PD
 
 
-def _as_autocast(tensor: Tensor, device_type: str) -> Tensor:
-    """What autocast does to an input of torch.matmul."""
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
-
-
 def _check_backend(backend: str, rows_RD: Tensor) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"the backend of expert_mlp must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "reference":
-        return
-    if reason := why_not_triton(rows_RD.device.type):
-        raise ValueError(f"expert_mlp: {reason}")
-    if rows_RD.dtype not in DTYPES:
+    check_backend("expert_mlp", backend, BACKENDS, device_type=rows_RD.device.type)
+    if backend == "triton" and rows_RD.dtype not in DTYPES:
         raise ValueError(
             f"the triton backend of expert_mlp computes in {', '.join(map(str, DTYPES))}, got {rows_RD.dtype}: cast the rows and the "
             "weights, or choose the reference backend"

@@ -27,7 +27,7 @@ experts of 128, k 4); lower bound 32 and 154:
 from dataclasses import dataclass
 
 from kernels.grouped_matmul.schedule import part_length
-from kernels.traffic import Example
+from kernels.traffic import Pass, Traffic, examples
 
 FLOAT, INT, INDEX = 4, 4, 8  # gates and factors; offsets and RowCopies; the indices of a plan (int64)
 
@@ -66,18 +66,6 @@ class Shape:
     def hidden_bytes(self) -> int:
         """Of F numbers per copy."""
         return self.copies * self.expert_dim * self.itemsize
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of one launch."""
-
-    read: int
-    written: int
-
-    @property
-    def total(self) -> int:
-        return self.read + self.written
 
 
 def forward(shape: Shape, *, held: bool, keep_hidden: bool = False, factors: bool = False) -> dict[str, Traffic]:
@@ -134,6 +122,14 @@ def backward_bound(shape: Shape) -> int:
     return forward_bound(shape) + shape.row_bytes + 2 * shape.matrix_bytes + shape.copies * FLOAT
 
 
+def passes(shape: Shape, *, keep_hidden: bool = False) -> dict[str, Pass]:
+    """Where a tile holds all of F."""
+    return {
+        "forward": Pass(forward(shape, held=True, keep_hidden=keep_hidden), forward_bound(shape)),
+        "backward": Pass(backward(shape, held=True, keep_hidden=keep_hidden), backward_bound(shape)),
+    }
+
+
 def saved(shape: Shape, *, keep_hidden: bool, factors: bool = False) -> int:
     """Bytes that wait for the backward pass: rows, gates, routes, factors, and the hidden activations if kept. Without the weights."""
     routes = shape.copies * (2 * INDEX + INT) + (shape.groups + shape.rows) * INT
@@ -163,28 +159,15 @@ def _sum(shape: Shape, *, num_rows: int) -> Traffic:
     return Traffic(read, num_rows * shape.d_model * shape.itemsize)
 
 
-def _examples(name: str, shape: Shape) -> list[Example]:
-    found = {
-        "forward": (forward(shape, held=True), forward_bound(shape)),
-        "forward, hidden kept": (forward(shape, held=True, keep_hidden=True), forward_bound(shape)),
-        "backward": (backward(shape, held=True), backward_bound(shape)),
-        "backward, hidden kept": (backward(shape, held=True, keep_hidden=True), backward_bound(shape)),
-    }
-    return [
-        Example(
-            shape=name,
-            part=part,
-            tokens=shape.rows,
-            read=sum(each.read for each in launches.values()),
-            written=sum(each.written for each in launches.values()),
-            bound=bound,
-        )
-        for part, (launches, bound) in found.items()
-    ]
-
-
+SHAPES = {
+    "47M: D 412, 16 experts of 128, K 4": Shape(65536, 16384, 16384, 16, 412, 128, 2),
+    "262M: D 1,024, 32 experts of 128, K 4": Shape(131072, 32768, 32768, 32, 1024, 128, 2),
+    "1B: D 1,024, 128 experts of 128, K 4": Shape(65536, 16384, 16384, 128, 1024, 128, 2),
+}
 EXAMPLES = [
-    *_examples("47M: D 412, 16 experts of 128, K 4", Shape(65536, 16384, 16384, 16, 412, 128, 2)),
-    *_examples("262M: D 1,024, 32 experts of 128, K 4", Shape(131072, 32768, 32768, 32, 1024, 128, 2)),
-    *_examples("1B: D 1,024, 128 experts of 128, K 4", Shape(65536, 16384, 16384, 128, 1024, 128, 2)),
+    example
+    for name, shape in SHAPES.items()
+    for part in ("forward", "backward")
+    for suffix, keep_hidden in (("", False), (", hidden kept", True))
+    for example in examples(name, {part + suffix: passes(shape, keep_hidden=keep_hidden)[part]}, tokens=shape.rows)
 ]

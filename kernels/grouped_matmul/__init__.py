@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from kernels.autocast import as_autocast
 from kernels.availability import why_not_triton
 from kernels.grouped_matmul.checks import check_copies, check_offsets, check_routes, check_routes_in_range, check_shapes
 from kernels.grouped_matmul.cpu import by_loop, by_torch, why_not_torch
@@ -83,8 +84,9 @@ def grouped_matmul(
     check_routes(routes, num_copies=num_copies, device=rows_RM.device)
     check_copies(routes, num_rows=rows_RM.shape[0])
     device_type = rows_RM.device.type
-    if torch.is_autocast_enabled(device_type):
-        rows_RM, weights_GMN = _as_autocast(rows_RM), _as_autocast(weights_GMN)
+    rows_RM, weights_GMN = map(
+        as_autocast, (rows_RM, weights_GMN)
+    )  # autocast passes F.grouped_mm by (torch 2.13 on CPU)
     if rows_RM.dtype != weights_GMN.dtype:
         raise ValueError(
             f"rows and weights must have one dtype outside autocast, got rows {rows_RM.dtype} and weights "
@@ -163,10 +165,3 @@ def _by_triton(rows_RM: Tensor, weights_GMN: Tensor, offsets_G: Tensor, routes: 
         routes.activation == "relu",
         routes.gate_side == "before",
     )
-
-
-def _as_autocast(tensor: Tensor) -> Tensor:
-    """What autocast does to an input of torch.matmul; it passes F.grouped_mm by (torch 2.13 on CPU)."""
-    if tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))

@@ -7,22 +7,12 @@ A tile holds all that it sums, so per-copy results are written once and summed b
 Tiles of output rows would write N / K only, and read the M x N weights of each of the rows' experts for a handful of copies.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from kernels.grouped_matmul.schedule import WITHOUT_DEVICE, part_length
-from kernels.traffic import Example
+from kernels.traffic import Example, Pass, Traffic, examples
 
 FLOAT, INT = 4, 4  # gates and dot products; offsets and the order of copies
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of one launch. asked: what its programs load, `read` the distinct ones among them: the L2 cache has the rest."""
-
-    asked: int
-    read: int
-    written: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +107,7 @@ def weight_gradient(shape: Shape) -> dict[str, Traffic]:
     written = parts * numbers * FLOAT
     # A program of group g reads the ends of 0 to g and the starts of 1 to g.
     places = groups * groups * -(-numbers // shape.sum_block) * INT
-    sums = Traffic(written + places, written + groups * INT, groups * numbers * shape.itemsize)
+    sums = Traffic(asked=written + places, read=written + groups * INT, written=groups * numbers * shape.itemsize)
     return {"weight gradient": product, "sum of parts": sums}
 
 
@@ -132,6 +122,13 @@ def backward_bound(shape: Shape) -> int:
     ends = 2 * shape.rows * shape.width_in + shape.outputs * shape.width_out
     written = len(shape.sizes) * shape.width_in * shape.width_out * shape.itemsize + shape.copies * FLOAT
     return ends * shape.itemsize + shape.used_weights + shape.per_copy + written
+
+
+def passes(shape: Shape) -> dict[str, Pass]:
+    return {
+        "forward": Pass(forward(shape), forward_bound(shape)),
+        "backward": Pass(backward(shape), backward_bound(shape)),
+    }
 
 
 def _rows(shape: Shape, width: int) -> int:
@@ -169,21 +166,7 @@ def _examples(
     """Both passes in bf16, every group with as many copies. A token has `heads` output rows of `choices` copies each."""
     size = tokens * heads * choices // groups
     shape = Shape(sizes=(size,) * groups, rows=tokens, outputs=tokens * heads, width_in=width_in, width_out=width_out)
-    passes: dict[str, tuple[Callable[[Shape], dict[str, Traffic]], Callable[[Shape], int]]] = {
-        "forward": (forward, forward_bound),
-        "backward": (backward, backward_bound),
-    }
-    return [
-        Example(
-            shape=name,
-            part=part,
-            tokens=tokens,
-            read=sum(each.read for each in launches(shape).values()),
-            written=sum(each.written for each in launches(shape).values()),
-            bound=bound(shape),
-        )
-        for part, (launches, bound) in passes.items()
-    ]
+    return examples(name, passes(shape), tokens=tokens)
 
 
 EXAMPLES = [

@@ -6,8 +6,9 @@ who chose the experts (model/product_keys.py) and where a table lives (parallel/
 
 from torch import Tensor
 
+from kernels.autocast import as_autocast
 from kernels.tables.adam import RowAdam
-from kernels.tables.routes import TableRoutes, as_autocast, candidates, check_adam, check_backend, check_tables
+from kernels.tables.routes import TableRoutes, candidates, check_adam, check_backend, check_tables
 
 __all__ = ["ACTIVATIONS", "BACKENDS", "candidates", "peer_experts", "peer_products"]
 

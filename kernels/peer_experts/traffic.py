@@ -11,8 +11,18 @@ the same launches, on float32 tables, moves 33.0 and takes the place of the grad
 moments.
 """
 
-from kernels.tables.traffic import FLOAT, INDEX, INT, Shape, Traffic, expected_touched, gradient, products, sums
-from kernels.traffic import Example
+from kernels.tables.traffic import (
+    FLOAT,
+    INDEX,
+    INT,
+    Shape,
+    examples_without_cache,
+    expected_touched,
+    gradient,
+    products,
+    sums,
+)
+from kernels.traffic import Pass, Traffic
 
 
 def forward(shape: Shape) -> dict[str, Traffic]:
@@ -47,9 +57,16 @@ def backward_bound(shape: Shape) -> int:
     return 2 * shape.touched_bytes + rows + small + 2 * shape.table_bytes
 
 
+def passes(shape: Shape) -> dict[str, Pass]:
+    return {
+        "forward": Pass(forward(shape), forward_bound(shape)),
+        "backward": Pass(backward(shape), backward_bound(shape)),
+    }
+
+
 def must_move(shape: Shape, *, backward: bool) -> int:
     """The bound where no cache holds a table's rows until they are read again: the figure that a share of the bandwidth is taken of."""
-    return (backward_bound(shape) if backward else forward_bound(shape)) + 2 * shape.again_bytes
+    return passes(shape)["backward" if backward else "forward"].bound + 2 * shape.again_bytes
 
 
 def saved(shape: Shape) -> int:
@@ -69,25 +86,10 @@ def layer(*, tokens: int, choices: int = 128, entries: int = 1024**2, d_model: i
     return Shape(copies=copies, rows=tokens, outputs=tokens, entries=entries, touched=touched, d_model=d_model)
 
 
-def _examples(name: str, shape: Shape) -> list[Example]:
-    found = {
-        "forward, no row from a cache": (forward(shape), forward_bound(shape)),
-        "backward, no row from a cache": (backward(shape), backward_bound(shape)),
-    }
-    return [
-        Example(
-            shape=name,
-            part=part,
-            tokens=shape.rows,
-            read=sum(each.read + each.again for each in launches.values()),
-            written=sum(each.written for each in launches.values()),
-            bound=bound,
-        )
-        for part, (launches, bound) in found.items()
-    ]
-
-
 EXAMPLES = [
-    *_examples("1,024^2 experts, h 8, k 16, D 1,024, 8,192 tokens", layer(tokens=8192)),
-    *_examples("1,024^2 experts, h 8, k 16, D 1,024, 65,536 tokens", layer(tokens=65536)),
+    example
+    for tokens in (8192, 65536)
+    for example in examples_without_cache(
+        f"1,024^2 experts, h 8, k 16, D 1,024, {tokens:,} tokens", passes(layer(tokens=tokens)), tokens=tokens
+    )
 ]

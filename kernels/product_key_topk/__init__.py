@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.availability import why_not_triton
+from kernels.availability import check_backend, why_not_triton
 from kernels.product_key_topk import cpu
 from kernels.product_key_topk.reference import reference
 
@@ -97,12 +97,9 @@ def _check(queries_TPZC: Tensor, keys_HZJC: Tensor, *, top_k: int) -> None:
 
 
 def _check_backend(backend: str, queries_TPZC: Tensor, *, dtype: torch.dtype, num_keys: int, top_k: int) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"the backend of product_key_topk must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend("product_key_topk", backend, BACKENDS, device_type=queries_TPZC.device.type)
     if backend != "triton":
         return
-    if reason := why_not_triton(queries_TPZC.device.type):
-        raise ValueError(f"product_key_topk: {reason}")
     if dtype != torch.float32:
         raise ValueError(
             f"the triton backend of product_key_topk computes in float32, got {queries_TPZC.dtype}: cast queries and keys, or choose "

@@ -13,7 +13,7 @@ passes here move 19 KB. The scores' gradient, as a matrix of zeros with few numb
 
 from dataclasses import dataclass
 
-from kernels.traffic import Example
+from kernels.traffic import Pass, Traffic, examples
 
 FLOAT, INT, INDEX = 4, 4, 8  # everything; sorted copies; the ids of sub-keys
 
@@ -53,18 +53,6 @@ class Shape:
         return self.query_bytes // (self.heads if self.shared_query else 1)
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of one launch."""
-
-    read: int
-    written: int
-
-    @property
-    def total(self) -> int:
-        return self.read + self.written
-
-
 def forward(shape: Shape) -> dict[str, Traffic]:
     """By launch."""
     return {"choose": Traffic(shape.read_queries + shape.key_bytes, shape.copies * (FLOAT + 2 * INDEX))}
@@ -91,6 +79,13 @@ def backward_bound(shape: Shape) -> int:
     return shape.copies * (FLOAT + 2 * INDEX) + 2 * inputs
 
 
+def passes(shape: Shape) -> dict[str, Pass]:
+    return {
+        "forward": Pass(forward(shape), forward_bound(shape)),
+        "backward": Pass(backward(shape), backward_bound(shape)),
+    }
+
+
 def saved(shape: Shape) -> int:
     """Bytes that wait for the backward pass, without the sub-keys: queries and ids."""
     return shape.read_queries + shape.copies * 2 * INDEX
@@ -107,24 +102,6 @@ def flops(shape: Shape, *, backward: bool) -> int:
     return forward + 2 * 2 * shape.copies * 2 * shape.width if backward else forward
 
 
-def _examples(name: str, shape: Shape) -> list[Example]:
-    passes = {
-        "forward": (forward(shape), forward_bound(shape)),
-        "backward": (backward(shape), backward_bound(shape)),
-    }
-    return [
-        Example(
-            shape=name,
-            part=part,
-            tokens=shape.tokens,
-            read=sum(each.read for each in launches.values()),
-            written=sum(each.written for each in launches.values()),
-            bound=bound,
-        )
-        for part, (launches, bound) in passes.items()
-    ]
-
-
 SHAPES = {
     "PEER: 8 heads, K 16 of 1,024^2, C 64": Shape(
         tokens=8192, heads=8, picks=16, num_keys=1024, width=64, shared_keys=True
@@ -133,4 +110,4 @@ SHAPES = {
         tokens=8192, heads=4, picks=32, num_keys=512, width=128, shared_keys=False
     ),
 }
-EXAMPLES = [example for name, shape in SHAPES.items() for example in _examples(name, shape)]
+EXAMPLES = [example for name, shape in SHAPES.items() for example in examples(name, passes(shape), tokens=shape.tokens)]

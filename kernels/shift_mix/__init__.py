@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.availability import why_not_triton
+from kernels.availability import check_backend, why_not_triton
 from kernels.shift_mix import cpu
 from kernels.shift_mix.reference import reference
 
@@ -167,13 +167,8 @@ def _check_factors(u: Tensor, a_X: Tensor, b_X: Tensor, *, backend: str, functio
         )
     if not u.is_floating_point() or not a_X.is_floating_point():
         raise ValueError(f"u, a and b of {function} must be floats, got u {u.dtype}, a and b {a_X.dtype}: cast them")
-    if backend not in BACKENDS:
-        raise ValueError(f"the backend of {function} must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend != "triton":
-        return
-    if reason := why_not_triton(u.device.type):
-        raise ValueError(f"{function}: {reason}")
-    if u.dtype not in DTYPES or a_X.dtype != torch.float32:
+    check_backend(function, backend, BACKENDS, device_type=u.device.type)
+    if backend == "triton" and (u.dtype not in DTYPES or a_X.dtype != torch.float32):
         raise ValueError(
             f"the triton backend of {function} takes u in {', '.join(map(str, DTYPES))} and factors in torch.float32, got {u.dtype} and "
             f"{a_X.dtype}: cast them, or choose another backend"

@@ -13,7 +13,7 @@ would be 5 in place of 10: docs/log.md has why they are not one.
 
 from dataclasses import dataclass
 
-from kernels.traffic import Example
+from kernels.traffic import Pass, Traffic, examples
 
 FLOAT, INT = 4, 4  # factors and sums; where documents begin
 BLOCK_S = 32
@@ -46,18 +46,6 @@ class Shape:
         return self.batch * -(-self.length // BLOCK_S) * 2 * self.width * FLOAT
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of one launch."""
-
-    read: int
-    written: int
-
-    @property
-    def total(self) -> int:
-        return self.read + self.written
-
-
 def forward(shape: Shape) -> dict[str, Traffic]:
     """By launch."""
     return {"mix": Traffic(shape.row_bytes + shape.small_bytes, shape.row_bytes)}
@@ -78,6 +66,13 @@ def backward_bound(shape: Shape) -> int:
     return 3 * shape.row_bytes + shape.small_bytes + 2 * shape.factors * FLOAT
 
 
+def passes(shape: Shape) -> dict[str, Pass]:
+    return {
+        "forward": Pass(forward(shape), forward_bound(shape)),
+        "backward": Pass(backward(shape), backward_bound(shape)),
+    }
+
+
 def step(*, batch: int, width: int, factors: int, itemsize: int) -> Traffic:
     """Of a decoded token of each row: the token and the earlier one read; the result and the token written."""
     return Traffic(2 * batch * width * itemsize + 2 * factors * FLOAT, 2 * batch * width * itemsize)
@@ -94,26 +89,12 @@ def flops(shape: Shape, *, backward: bool) -> int:
     return (3 + 7) * numbers if backward else 3 * numbers
 
 
-def _examples(name: str, shape: Shape) -> list[Example]:
-    passes = {
-        "forward": (forward(shape), forward_bound(shape)),
-        "backward": (backward(shape), backward_bound(shape)),
-    }
-    return [
-        Example(
-            shape=name,
-            part=part,
-            tokens=shape.batch * shape.length,
-            read=sum(each.read for each in launches.values()),
-            written=sum(each.written for each in launches.values()),
-            bound=bound,
-        )
-        for part, (launches, bound) in passes.items()
-    ]
-
-
 SHAPES = {
     "fp32, D 412": Shape(batch=64, length=256, width=412, factors=1, itemsize=4),
     "bf16, D 1,024": Shape(batch=16, length=1024, width=1024, factors=1, itemsize=2),
 }
-EXAMPLES = [example for name, shape in SHAPES.items() for example in _examples(name, shape)]
+EXAMPLES = [
+    example
+    for name, shape in SHAPES.items()
+    for example in examples(name, passes(shape), tokens=shape.batch * shape.length)
+]

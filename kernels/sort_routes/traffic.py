@@ -1,13 +1,13 @@
 """The bytes that sort_routes moves, beside the least that a sort could move. Called by: compile_table.py and the tests."""
 
-from kernels.traffic import Example
+from kernels.traffic import Example, Pass, Traffic, examples
 
-INT = 4
+INT, ID = 4, 8
 STEP, MAX_PROGRAMS = 128, 128
 
 
-def launches(*, ids: int, groups: int, id_size: int = 8) -> dict[str, tuple[int, int, int]]:
-    """(bytes asked to read, distinct ones, bytes written) of each launch, for at least one id.
+def launches(*, ids: int, groups: int) -> dict[str, Traffic]:
+    """By launch, for at least one id.
 
     Each program reads the counts of all, from the cache: 1 MB of them for 2,048 groups.
     """
@@ -16,27 +16,22 @@ def launches(*, ids: int, groups: int, id_size: int = 8) -> dict[str, tuple[int,
     programs = -(-all_steps // steps)
     counts = programs * groups * INT
     return {
-        "count": (ids * id_size, ids * id_size, counts),
-        "scatter": (ids * id_size + programs * counts, ids * id_size + counts, 2 * ids * INT + groups * INT),
+        "count": Traffic(asked=ids * ID, read=ids * ID, written=counts),
+        "scatter": Traffic(
+            asked=ids * ID + programs * counts, read=ids * ID + counts, written=2 * ids * INT + groups * INT
+        ),
     }
 
 
-def bound(*, ids: int, groups: int, id_size: int = 8) -> int:
+def bound(*, ids: int, groups: int) -> int:
     """Each id read once; order, inverse and offsets written once."""
-    return ids * id_size + 2 * ids * INT + groups * INT
+    return ids * ID + 2 * ids * INT + groups * INT
 
 
-def _example(tokens: int, *, choices: int, groups: int) -> Example:
+def _example(tokens: int, *, choices: int, groups: int) -> list[Example]:
     ids = tokens * choices
-    found = launches(ids=ids, groups=groups).values()
-    return Example(
-        shape=f"{tokens:,} tokens, K {choices}, {groups:,} groups",
-        part="sort",
-        tokens=tokens,
-        read=sum(read for _, read, _ in found),
-        written=sum(written for _, _, written in found),
-        bound=bound(ids=ids, groups=groups),
-    )
+    sort = Pass(launches(ids=ids, groups=groups), bound(ids=ids, groups=groups))
+    return examples(f"{tokens:,} tokens, K {choices}, {groups:,} groups", {"sort": sort}, tokens=tokens)
 
 
-EXAMPLES = [_example(4096, choices=4, groups=64), _example(16384, choices=8, groups=2048)]
+EXAMPLES = [*_example(4096, choices=4, groups=64), *_example(16384, choices=8, groups=2048)]

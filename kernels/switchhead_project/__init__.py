@@ -10,7 +10,8 @@ The multiplications are E / K times those of the chosen experts, but nothing is 
 import torch
 from torch import Tensor
 
-from kernels.availability import why_not_triton
+from kernels.autocast import as_autocast
+from kernels.availability import check_backend
 from kernels.switchhead_project import dense, reference
 
 BACKENDS = ("triton", "torch", "reference")
@@ -41,7 +42,7 @@ def project_values(
         ValueError: shapes, dtypes, devices or experts that do not fit together; "triton" without a GPU. What experts hold is not
             looked at on a GPU: reading them would stall the stream.
     """
-    x_TD, weights_GDC = (_as_autocast(each, x_TD.device.type) for each in (x_TD, weights_GDC))
+    x_TD, weights_GDC = map(as_autocast, (x_TD, weights_GDC))
     _check_layout("x [T, D]", x_TD, 2, "weights [G, D, C]", weights_GDC)
     _check_choices(gates_THK, experts_THK, x_TD, weights_GDC)
     _check_backend("project_values", backend, x_TD)
@@ -68,7 +69,7 @@ def project_outputs(
         that is not finite its own token. In the gradient of y that holds for "torch"; in the others' a weight reaches only those who
         chose it, as in the gates' gradients of all.
     """
-    y_THC, weights_GCD = (_as_autocast(each, y_THC.device.type) for each in (y_THC, weights_GCD))
+    y_THC, weights_GCD = map(as_autocast, (y_THC, weights_GCD))
     _check_layout("y [T, H, C]", y_THC, 3, "weights [G, C, D]", weights_GCD)
     _check_choices(gates_THK, experts_THK, y_THC, weights_GCD)
     _check_backend("project_outputs", backend, y_THC)
@@ -78,13 +79,6 @@ def project_outputs(
     from kernels.switchhead_project.op import outputs_op
 
     return outputs_op(*(each.contiguous() for each in (y_THC, weights_GCD, gates_THK, experts_THK)))
-
-
-def _as_autocast(tensor: Tensor, device_type: str) -> Tensor:
-    """What autocast does to an input of torch.matmul."""
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
 
 
 def _check_layout(name: str, rows: Tensor, ndim: int, weights_name: str, weights: Tensor) -> None:
@@ -148,13 +142,8 @@ def _check_experts(experts_THK: Tensor, *, num_experts: int) -> None:
 
 
 def _check_backend(function: str, backend: str, rows: Tensor) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"the backend of {function} must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend != "triton":
-        return
-    if reason := why_not_triton(rows.device.type):
-        raise ValueError(f"{function}: {reason}")
-    if rows.dtype not in DTYPES:
+    check_backend(function, backend, BACKENDS, device_type=rows.device.type)
+    if backend == "triton" and rows.dtype not in DTYPES:
         raise ValueError(
             f"the triton backend of {function} computes in {', '.join(map(str, DTYPES))}, got {rows.dtype}: cast rows and weights, or "
             "choose another backend"

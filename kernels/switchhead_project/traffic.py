@@ -27,7 +27,7 @@ and 215 for O, but 1,668 and 790 us for V of 7B, whose heads have more experts p
 from dataclasses import dataclass
 
 from kernels.grouped_matmul import traffic as routed
-from kernels.traffic import Example
+from kernels.traffic import Pass, Traffic, examples
 
 FLOAT, INT = 4, 4  # gates and their gradients; the indices of copies that are sorted here
 
@@ -72,18 +72,6 @@ class Shape:
         return self.copies * self.index_size
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of one launch."""
-
-    read: int
-    written: int
-
-    @property
-    def total(self) -> int:
-        return self.read + self.written
-
-
 def values_forward(shape: Shape) -> dict[str, Traffic]:
     """By launch."""
     return {"values": _to_heads(shape, values=True, dots=False)}
@@ -121,6 +109,15 @@ def backward_bound(shape: Shape, *, values: bool) -> int:
     return inputs + gradient + results + shape.matrix_bytes + shape.gate_bytes
 
 
+def passes(shape: Shape, *, values: bool) -> dict[str, Pass]:
+    """Of V, else of O."""
+    forward, backward = (values_forward, values_backward) if values else (outputs_forward, outputs_backward)
+    return {
+        "forward": Pass(forward(shape), forward_bound(shape)),
+        "backward": Pass(backward(shape), backward_bound(shape, values=values)),
+    }
+
+
 def saved(shape: Shape, *, values: bool) -> int:
     """Bytes that wait for the backward pass, without the weights: x or y, the gates, the experts."""
     return (shape.wide_bytes if values else shape.narrow_bytes) + shape.gate_bytes + shape.route_bytes
@@ -145,7 +142,7 @@ def by_copies(shape: Shape, *, values: bool) -> int:
     copies = _sorted_copies(shape, values=values, index_size=8)
     launches = routed.forward(copies) | {f"backward, {name}": each for name, each in routed.backward(copies).items()}
     weights = [f"backward, {name}" for name in routed.weight_gradient(copies)]
-    return sum(each.read + each.written for name, each in launches.items() if name not in weights)
+    return sum(each.total for name, each in launches.items() if name not in weights)
 
 
 def _to_heads(shape: Shape, *, values: bool, dots: bool) -> Traffic:
@@ -161,8 +158,7 @@ def _to_tokens(shape: Shape) -> Traffic:
 
 def _weight_gradient(shape: Shape) -> dict[str, Traffic]:
     """By kernels/grouped_matmul, over the chosen experts only: both sides through an index, the gates sorted."""
-    launches = routed.weight_gradient(_sorted_copies(shape, values=True, index_size=INT))
-    return {name: Traffic(launch.read, launch.written) for name, launch in launches.items()}
+    return routed.weight_gradient(_sorted_copies(shape, values=True, index_size=INT))
 
 
 def _sorted_copies(shape: Shape, *, values: bool, index_size: int) -> routed.Shape:
@@ -177,26 +173,6 @@ def _sorted_copies(shape: Shape, *, values: bool, index_size: int) -> routed.Sha
     )  # fmt: skip
 
 
-def _examples(name: str, shape: Shape) -> list[Example]:
-    passes = {
-        "V forward": (values_forward(shape), forward_bound(shape)),
-        "V backward": (values_backward(shape), backward_bound(shape, values=True)),
-        "O forward": (outputs_forward(shape), forward_bound(shape)),
-        "O backward": (outputs_backward(shape), backward_bound(shape, values=False)),
-    }
-    return [
-        Example(
-            shape=name,
-            part=part,
-            tokens=shape.tokens,
-            read=sum(each.read for each in launches.values()),
-            written=sum(each.written for each in launches.values()),
-            bound=bound,
-        )
-        for part, (launches, bound) in passes.items()
-    ]
-
-
 SHAPES = {
     "47M: D 412, 2 heads of 76, K 2 of 5": Shape(tokens=16384, heads=2, experts=5, choices=2, d_model=412, head_dim=76),
     "262M and 1B: D 1,024, 4 heads of 112, K 2 of 4": Shape(
@@ -206,4 +182,11 @@ SHAPES = {
         tokens=16384, heads=8, experts=8, choices=2, d_model=2048, head_dim=128
     ),
 }
-EXAMPLES = [example for name, shape in SHAPES.items() for example in _examples(name, shape)]
+EXAMPLES = [
+    example
+    for name, shape in SHAPES.items()
+    for part, values in (("V", True), ("O", False))
+    for example in examples(
+        name, {f"{part} {name}": each for name, each in passes(shape, values=values).items()}, tokens=shape.tokens
+    )
+]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import availability
 from kernels.availability import why_not_triton
 from kernels.tables.adam import RowAdam
 
@@ -105,12 +106,9 @@ def check_tables(op: str, routes: TableRoutes, gates_C: Tensor | None, /, **tens
 
 def check_backend(op: str, backend: str, backends: tuple[str, ...], *tensors: Tensor) -> None:
     """That the backend is known and serves these tensors."""
-    if backend not in backends:
-        raise ValueError(f"the backend of {op} must be one of {', '.join(backends)}, got {backend!r}")
+    availability.check_backend(op, backend, backends, device_type=tensors[0].device.type)
     if backend != "triton":
         return
-    if reason := why_not_triton(tensors[0].device.type):
-        raise ValueError(f"{op}: {reason}")
     for tensor in tensors:
         if tensor.dtype not in TRITON_DTYPES:
             raise ValueError(
@@ -152,19 +150,6 @@ def _check_apart(op: str, pairs: Sequence[tuple[RowAdam, Tensor]]) -> None:
 def candidates(device_type: str) -> tuple[str, ...]:
     """The backends that can serve tensors on a device of this type; the first serves wherever torch runs."""
     return ("torch",) if why_not_triton(device_type) else ("torch", "triton")
-
-
-def as_autocast(rows: Tensor) -> Tensor:
-    """What autocast does to an input of torch.matmul."""
-    return rows.to(autocast_dtype(rows))
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """Of a result that is made of the tensor: the dtype of autocast, which leaves float64 alone."""
-    device_type = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
-        return tensor.dtype
-    return torch.get_autocast_dtype(device_type)
 
 
 def _ends(ascending_C: Tensor, num_rows: int) -> Tensor:

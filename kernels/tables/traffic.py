@@ -6,7 +6,10 @@ Called by: kernels/peer_experts/traffic.py and kernels/embedding_bag/traffic.py.
 is larger than the cache and its copies lie far apart: `again` counts these, what a GPU moves lies between read and read + again.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from kernels.traffic import Example, Pass, Traffic, examples
 
 FLOAT, INT, INDEX = 4, 4, 8  # numbers per copy, moments and parts; ends, the order and steps; row_C and output_C
 PLACES = 128  # of a program of by_entry.py
@@ -60,20 +63,6 @@ def expected_touched(*, entries: int, copies: int) -> int:
     return round(entries * (1.0 - (1.0 - 1.0 / entries) ** copies))
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of one launch."""
-
-    read: int
-    written: int
-    again: int = 0
-
-    @property
-    def total(self) -> int:
-        """With no row of a table found in a cache that another copy has read; rows of tokens, few beside them, count once."""
-        return self.read + self.written + self.again
-
-
 def products(shape: Shape, num_rows: int, *, read_per_copy: int = 0, written_per_copy: int = 1) -> Traffic:
     """read_per_copy, written_per_copy: numbers."""
     read = shape.touched_bytes + shape.row_bytes(num_rows) + num_rows * INT
@@ -108,3 +97,8 @@ def gradient(shape: Shape, num_rows: int, *, adam: bool = False) -> dict[str, Tr
     return found | (
         {"parts": Traffic(edges + part_bytes + 3 * split + steps["split"], 3 * split)} if shape.programs > 1 else {}
     )
+
+
+def examples_without_cache(name: str, passes: Mapping[str, Pass], *, tokens: int) -> list[Example]:
+    """Every row of a table read again for each copy."""
+    return examples(name, {f"{part}, no row from a cache": each for part, each in passes.items()}, tokens=tokens)

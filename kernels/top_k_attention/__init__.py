@@ -8,7 +8,8 @@ Called by: model/top_k_attention.py.
 import torch
 from torch import Tensor
 
-from kernels.availability import why_not_triton
+from kernels.autocast import as_autocast
+from kernels.availability import check_backend, why_not_triton
 from kernels.top_k_attention.cpu import Drop, Setting, attend_in_chunks
 from kernels.top_k_attention.reference import reference
 
@@ -68,7 +69,7 @@ def top_k_attention(
     num_queries, num_keys = q_BHSC.shape[2], k_BGMC.shape[2]
     top_k = min(top_k or num_keys, num_keys)
     if backend == "triton":
-        q_BHSC, k_BGMC, v_BGMD = (_as_autocast(each, q_BHSC.device.type) for each in (q_BHSC, k_BGMC, v_BGMD))
+        q_BHSC, k_BGMC, v_BGMD = map(as_autocast, (q_BHSC, k_BGMC, v_BGMD))
     _check_backend(backend, q_BHSC, k_BGMC, v_BGMD, top_k=top_k, extras=relative is not None or drop is not None)
     if backend == "torch":
         setting = Setting(num_queries, num_keys, first_BS, top_k, chunk, scale, drop)
@@ -112,24 +113,14 @@ def _why_not(*, top_k: int, num_keys: int, widths: tuple[int, ...], extras: bool
     return None
 
 
-def _as_autocast(tensor: Tensor, device_type: str) -> Tensor:
-    """What autocast does to an input of torch.matmul."""
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
-
-
 def _check_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, *, top_k: int, extras: bool) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"the backend of top_k_attention must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend("top_k_attention", backend, BACKENDS, device_type=q.device.type)
     if backend == "reference" and extras:
         raise ValueError(
             "the reference backend of top_k_attention has no relative positions and no dropout: choose the torch backend"
         )
     if backend != "triton":
         return
-    if reason := why_not_triton(q.device.type):
-        raise ValueError(f"top_k_attention: {reason}")
     if reason := _why_not(top_k=top_k, num_keys=k.shape[2], widths=(q.shape[3], v.shape[3]), extras=extras):
         raise ValueError(reason)
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:

@@ -11,7 +11,7 @@ of 2 sweeps, a product each; backward 7 where it has 5, since the gradients of q
 
 from dataclasses import dataclass
 
-from kernels.traffic import Example
+from kernels.traffic import Pass, Traffic, examples
 
 FLOAT, INT = 4, 4
 
@@ -69,18 +69,6 @@ class Shape:
         )
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of one launch."""
-
-    read: int
-    written: int
-
-    @property
-    def total(self) -> int:
-        return self.read + self.written
-
-
 def forward(shape: Shape) -> dict[str, Traffic]:
     """By launch."""
     launches = {"thresholds": Traffic(shape.q + shape.k, shape.chosen)} if shape.selects else {}
@@ -107,6 +95,13 @@ def backward_bound(shape: Shape) -> int:
     return forward_bound(shape) + shape.q + shape.k + shape.v
 
 
+def passes(shape: Shape) -> dict[str, Pass]:
+    return {
+        "forward": Pass(forward(shape), forward_bound(shape)),
+        "backward": Pass(backward(shape), backward_bound(shape)),
+    }
+
+
 def saved(shape: Shape) -> int:
     """Bytes that wait for the backward pass beside q, k and v: the output and three numbers per query."""
     return shape.output + shape.chosen + shape.per_query * FLOAT
@@ -118,26 +113,12 @@ def flops(shape: Shape, *, backward: bool) -> int:
     return products + backward * 2 * shape.pairs * (3 * shape.width + 2 * shape.value_width)
 
 
-def _examples(name: str, shape: Shape) -> list[Example]:
-    tokens = shape.rows * shape.queries
-    found = {
-        "forward": (forward(shape), forward_bound(shape)),
-        "backward": (backward(shape), backward_bound(shape)),
-    }
-    return [
-        Example(
-            shape=name,
-            part=part,
-            tokens=tokens,
-            read=sum(each.read for each in launches.values()),
-            written=sum(each.written for each in launches.values()),
-            bound=bound,
-        )
-        for part, (launches, bound) in found.items()
-    ]
-
-
+SHAPES = {
+    "16,384 tokens, 12 heads of 64": Shape(1, 12, 16384, 16384, 64, 64, 2),
+    "4,096 tokens, 16 heads of 128": Shape(1, 16, 4096, 4096, 128, 128, 2),
+}
 EXAMPLES = [
-    *_examples("16,384 tokens, 12 heads of 64", Shape(1, 12, 16384, 16384, 64, 64, 2)),
-    *_examples("4,096 tokens, 16 heads of 128", Shape(1, 16, 4096, 4096, 128, 128, 2)),
+    example
+    for name, shape in SHAPES.items()
+    for example in examples(name, passes(shape), tokens=shape.rows * shape.queries)
 ]

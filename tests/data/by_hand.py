@@ -3,13 +3,14 @@
 Called by the tests of rows beside it. Nothing here uses data/mixture.py or data/reader.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
 from hashlib import shake_128
+from itertools import cycle
 from math import floor
 from typing import Any
 
-from data.loader import Batch
+from data.loader import IGNORED, Batch
 from data.order import shard_order
 
 Shards = Sequence[Sequence[Sequence[int]]]
@@ -52,6 +53,20 @@ def mixed_rows(
     return rows
 
 
+def rows_of(
+    shards: Shards, *, length: int, streams: int, seed: int, num_epochs: int, bad: Collection[tuple[int, int]] = ()
+) -> list[dict[str, Any]]:
+    """The rows of some epochs of one source, in the order of their positions. bad: (shard, document) of those that cannot be read."""
+    walks = [_walk(shards, length=length, streams=streams, stream=n, seed=seed, bad=bad) for n in range(streams)]
+    rows = []
+    for walk in cycle(walks):
+        row = next(walk)
+        if row.pop("epoch") == num_epochs:
+            return rows
+        rows.append(row)
+    raise AssertionError("a source has streams")
+
+
 def plan_of_stream(weights: Sequence[str], *, stream: int, seed: int) -> Iterator[int]:
     """The source of each row of a stream: in each block, the rows with the least hashes are the first source's, and so on."""
     shares = [Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
@@ -73,8 +88,13 @@ def plan_of_stream(weights: Sequence[str], *, stream: int, seed: int) -> Iterato
         block += 1
 
 
-def _walk(shards: Shards, *, length: int, streams: int, stream: int, seed: int) -> Iterator[dict[str, Any]]:
-    """One source's rows in one of its streams, epoch after epoch."""
+def _walk(
+    shards: Shards, *, length: int, streams: int, stream: int, seed: int, bad: Collection[tuple[int, int]] = ()
+) -> Iterator[dict[str, Any]]:
+    """One source's rows in one of its streams, epoch after epoch.
+
+    On the line, each token of a bad document is an end token (0) that is no target and in no document.
+    """
     numbers = {}
     for s, documents in enumerate(shards):
         for d in range(len(documents)):
@@ -84,15 +104,16 @@ def _walk(shards: Shards, *, length: int, streams: int, stream: int, seed: int) 
         line = []
         for s in shard_order(len(shards), seed=seed, epoch=epoch):
             for d, document in enumerate(shards[s]):
-                line += [(token, numbers[s, d]) for token in [*document, 0]]
+                for token in [*document, 0]:
+                    line.append((0, IGNORED, -1) if (s, d) in bad else (token, token, numbers[s, d]))
         rows_per_stream = (len(line) - 1) // length // streams
         for j in range(rows_per_stream):
             first = (stream * rows_per_stream + j) * length
             row = line[first : first + length + 1]
             yield {
-                "tokens": [token for token, _ in row[:-1]],
-                "targets": [token for token, _ in row[1:]],
-                "documents": [number for _, number in row[:-1]],
+                "tokens": [token for token, _, _ in row[:-1]],
+                "targets": [target for _, target, _ in row[1:]],
+                "documents": [number for _, _, number in row[:-1]],
                 "continues": j > 0,
                 "epoch": epoch,
             }

@@ -14,7 +14,6 @@ from data.writer import ShardSetWriter
 from tests.data.http_server import Server, serve
 
 END = 0
-WIDE_VOCAB_SIZE = 1 + 26**2 + 256
 
 ShardsOfDocuments = Sequence[Sequence[Sequence[int]]]
 

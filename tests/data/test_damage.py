@@ -11,9 +11,8 @@ import pytest
 
 from data.config import DataConfig
 from data.loader import IGNORED, train_batches
-from data.order import shard_order
 from data.split import open_heldout, open_train
-from tests.data.by_hand import fast_rows
+from tests.data.by_hand import fast_rows, rows_of
 
 SEED, LENGTH, STREAMS, ROWS = 3, 7, 4, 8
 
@@ -42,32 +41,7 @@ def take(num: int, config: DataConfig, *, num_ranks: int = 1, position: int = 0)
 
 
 def rows_without(shards, bad: set[tuple[int, int]], *, num_rows: int) -> list[dict]:
-    """The definition: on the line, each token of a bad document is an end token (0) that is no target and in no document."""
-    numbers, rows, epoch = {}, [], 0
-    for s, documents in enumerate(shards):
-        for d in range(len(documents)):
-            numbers[s, d] = len(numbers)
-    while len(rows) < num_rows:
-        line = []
-        for s in shard_order(len(shards), seed=SEED, epoch=epoch):
-            for d, document in enumerate(shards[s]):
-                for token in [*document, 0]:
-                    line.append((0, IGNORED, -1) if (s, d) in bad else (token, token, numbers[s, d]))
-        rows_per_stream = (len(line) - 1) // LENGTH // STREAMS
-        for j in range(rows_per_stream):
-            for stream in range(STREAMS):
-                first = (stream * rows_per_stream + j) * LENGTH
-                row = line[first : first + LENGTH + 1]
-                rows.append(
-                    {
-                        "tokens": [token for token, _, _ in row[:-1]],
-                        "targets": [target for _, target, _ in row[1:]],
-                        "documents": [number for _, _, number in row[:-1]],
-                        "continues": j > 0,
-                    }
-                )
-        epoch += 1
-    return rows[:num_rows]
+    return rows_of(shards, length=LENGTH, streams=STREAMS, seed=SEED, num_epochs=9, bad=bad)[:num_rows]
 
 
 def flip(path: Path, position: int) -> None:

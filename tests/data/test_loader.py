@@ -1,6 +1,5 @@
 """Batches against a slow loop over Python lists: which tokens, on which rank, from which position, at every layout."""
 
-from collections.abc import Iterator
 from dataclasses import astuple
 from itertools import islice
 from pathlib import Path
@@ -13,8 +12,7 @@ import torch
 from data.config import DataConfig
 from data.index import open_index
 from data.loader import IGNORED, Batch, heldout_batches, train_batches
-from data.order import shard_order
-from tests.data.by_hand import fast_rows
+from tests.data.by_hand import fast_rows, rows_of
 
 SEED = 3
 
@@ -27,30 +25,6 @@ def make_config(**changes: int) -> DataConfig:
 @pytest.fixture
 def folder(write_shards, random_shards) -> Path:
     return write_shards(random_shards)
-
-
-def slow_rows(shards, *, length: int, streams: int, num_epochs: int) -> Iterator[dict]:
-    """Every row of some epochs, in the order of the positions: the definition, on plain lists."""
-    numbers = {}
-    for s, documents in enumerate(shards):
-        for d in range(len(documents)):
-            numbers[s, d] = len(numbers)
-    for epoch in range(num_epochs):
-        line = []
-        for s in shard_order(len(shards), seed=SEED, epoch=epoch):
-            for d, document in enumerate(shards[s]):
-                line += [(token, numbers[s, d]) for token in [*document, 0]]
-        rows_per_stream = (len(line) - 1) // length // streams
-        pieces = [line[i * rows_per_stream * length : (i + 1) * rows_per_stream * length + 1] for i in range(streams)]
-        for j in range(rows_per_stream):
-            for piece in pieces:
-                row = piece[j * length : (j + 1) * length + 1]
-                yield {
-                    "tokens": [token for token, _ in row[:-1]],
-                    "targets": [token for token, _ in row[1:]],
-                    "documents": [number for _, number in row[:-1]],
-                    "continues": j > 0,
-                }
 
 
 def take(
@@ -84,7 +58,7 @@ def take(
 def test_two_and_a_half_epochs_are_the_slow_loops_rows_at_every_layout(
     folder, random_shards, num_ranks, accumulation_steps, num_workers
 ):
-    expected = list(slow_rows(random_shards, length=7, streams=4, num_epochs=4))
+    expected = rows_of(random_shards, length=7, streams=4, seed=SEED, num_epochs=4)
     micro_step_rows = 8 // accumulation_steps
     num = 5 * len(expected) // 8 // micro_step_rows
     config = make_config(num_workers=num_workers)
@@ -99,7 +73,7 @@ def test_two_and_a_half_epochs_are_the_slow_loops_rows_at_every_layout(
 
 @pytest.mark.parametrize(("streams", "rows", "length"), [(1, 3, 11), (8, 4, 5), (3, 6, 40), (2, 2, 200)])
 def test_rows_follow_the_definition_for_other_shapes(folder, random_shards, streams, rows, length):
-    expected = list(slow_rows(random_shards, length=length, streams=streams, num_epochs=9))
+    expected = rows_of(random_shards, length=length, streams=streams, seed=SEED, num_epochs=9)
     config = make_config(streams=streams, global_batch_size=rows, sequence_length=length)
     num = len(expected) // rows
     assert list(fast_rows(take(num, config, folder, num_ranks=1))) == expected[: num * rows]

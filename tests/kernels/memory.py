@@ -1,18 +1,21 @@
-"""What kernels read, write and multiply in Triton's interpreter: for the byte models, against races, and for TF32.
+"""What kernels read, write and multiply in Triton's interpreter, and what autograd keeps: for the byte models, against races, and for TF32.
 
 The interpreter runs the programs of a launch one after the other, so that two programs which write the same element, a race
 on a GPU, go unnoticed: the second one repairs what the first did. Here they are counted.
 
-Called by: tests/kernels, inside functions that the `interpreted` fixture runs.
+Called by: tests/kernels, inside functions that the `interpreted` fixture runs; triton is imported there and not before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import numpy as np
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+import torch
+from torch import Tensor
+
+from kernels.traffic import Traffic
 
 
 @dataclass
@@ -40,6 +43,8 @@ class Launch:
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
     """Inside, every launch adds itself to the list, in order."""
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
     launches: list[Launch] = []
     call, load, store, dot = (
         GridExecutor.__call__,
@@ -73,6 +78,37 @@ def recorded_launches() -> Iterator[list[Launch]]:
         patch.object(InterpreterBuilder, "create_dot", recorded_dot),
     ):
         yield launches
+
+
+def launches_of(function: Callable[..., object], *args: object, **options: object) -> list[Launch]:
+    """The launches of one call."""
+    with recorded_launches() as launches:
+        function(*args, **options)
+    return launches
+
+
+def assert_touched(found: Iterable[Launch], wanted: Iterable[Traffic]) -> None:
+    """The bytes of each launch are those of its model, and no element is written by two programs."""
+    found = list(found)
+    touched, models = ([(each.read, each.written) for each in part] for part in (found, wanted))
+    assert touched == models, f"(read, written) of each launch: {touched}, the models say {models}"
+    for launch in found:
+        assert launch.asked_to_write == launch.written, f"an element is written by two programs of {launch.kernel}"
+
+
+def bytes_saved(function: Callable[[], Tensor], *, beside: Iterable[Tensor] = ()) -> int:
+    """What is kept for the backward pass of a call, a tensor that is kept twice once, without those `beside`."""
+    addresses = {tensor.data_ptr() for tensor in beside}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = function()
+    assert output.requires_grad
+    return sum(size for address, size in kept.items() if address not in addresses)
 
 
 def _touched(ptrs, mask) -> tuple[np.ndarray, int]:

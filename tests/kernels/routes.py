@@ -113,12 +113,3 @@ def loop(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     total = (output * inputs["gradient"]).sum() + sum(0.0 * leaf.sum() for leaf in given.values())
     found = torch.autograd.grad(total, list(given.values()))
     return {"output": output.detach()} | {f"gradient of {name}": each for name, each in zip(given, found, strict=True)}
-
-
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-4) -> None:
-    assert list(found) == list(wanted)
-    for name, actual in found.items():
-        assert actual.shape == wanted[name].shape, name
-        torch.testing.assert_close(
-            actual.double(), wanted[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
-        )

@@ -1,6 +1,7 @@
 """expert_mlp as an operation: its bytes, what it saves, torch.compile, autocast, and what it refuses."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from kernels.expert_mlp import expert_mlp, traffic
 from kernels.expert_mlp.traffic import Shape
-from tests.kernels.compare import assert_same
-from tests.kernels.test_expert_mlp import NAMES, Case, by_kernel, by_reference, make_inputs
+from tests.kernels.compare import assert_same, compiled
+from tests.kernels.memory import Launch, assert_touched, bytes_saved, launches_of
+from tests.kernels.test_expert_mlp import Case, by_kernel, by_reference, make_inputs
 
 Run = Callable[..., Any]
 INPUTS = ("rows", "up", "down", "gates")
@@ -30,13 +32,8 @@ def shape_of(case: Case) -> Shape:
     return Shape(copies, case.num_rows, case.num_outputs, groups, case.d_model, case.expert_dim, itemsize=4)
 
 
-def count_bytes(inputs: dict[str, Any], keep_hidden: bool) -> list[Any]:
-    """The launches of a forward and a backward pass."""
-    from tests.kernels.memory import recorded_launches
-
-    with recorded_launches() as launches:
-        by_kernel(inputs, keep_hidden=keep_hidden)
-    return launches
+def both_passes(inputs: dict[str, Any], keep_hidden: bool) -> list[Launch]:
+    return launches_of(by_kernel, inputs, keep_hidden=keep_hidden)
 
 
 @pytest.mark.parametrize("keep_hidden", [False, True], ids=["again", "kept"])
@@ -44,42 +41,35 @@ def count_bytes(inputs: dict[str, Any], keep_hidden: bool) -> list[Any]:
 def test_the_byte_model_is_what_the_kernels_touch_and_nothing_is_written_twice(
     case: Case, keep_hidden: bool, interpreted: Run
 ) -> None:
-    found = interpreted(count_bytes, inputs_that_use_everything(case), keep_hidden)
+    found = interpreted(both_passes, inputs_that_use_everything(case), keep_hidden)
     options = {"held": case is SMALL, "keep_hidden": keep_hidden, "factors": case.factors}
     shape = shape_of(case)
     wanted = [*traffic.forward(shape, **options).values(), *traffic.backward(shape, **options).values()]
     # The gates' gradient comes in two blocks of F, which are added by torch: see traffic.backward.
     blocks = {} if case is SMALL else {"_backward_kernel": 4 * shape.copies}
-    assert [(launch.read, launch.written - blocks.get(launch.kernel, 0)) for launch in found] == [
-        (each.read, each.written) for each in wanted
+    wanted = [
+        replace(each, written=each.written + blocks.get(launch.kernel, 0))
+        for launch, each in zip(found, wanted, strict=True)
     ]
-    assert all(launch.asked_to_write == launch.written for launch in found), "no element is written by two programs"
+    assert_touched(found, wanted)
 
 
-def bytes_saved(inputs: dict[str, Any], keep_hidden: bool) -> dict[str, int]:
-    """Bytes kept for the backward pass, and those of the hidden activations among them. Without the weights."""
-    inputs = dict(inputs)
-    inputs.pop("gradient")
-    weights = {inputs[name].data_ptr() for name in ("up", "down")}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in weights:
-            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
-
-    leaves = [inputs.pop(name).requires_grad_() for name in INPUTS]
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = expert_mlp(*leaves, **inputs, backend="triton", keep_hidden=keep_hidden)
-    return {"bytes": sum(kept.values()), "outputs": len(output)}
+def saved(inputs: dict[str, Any], keep_hidden: bool) -> int:
+    """Without the weights."""
+    leaves = {name: inputs[name].requires_grad_() for name in INPUTS}
+    rest = {name: value for name, value in inputs.items() if name not in (*INPUTS, "gradient")}
+    return bytes_saved(
+        lambda: expert_mlp(*leaves.values(), **rest, backend="triton", keep_hidden=keep_hidden),
+        beside=[leaves["up"], leaves["down"]],
+    )
 
 
 @pytest.mark.parametrize("keep_hidden", [False, True], ids=["again", "kept"])
 def test_only_rows_gates_and_routes_are_saved_and_the_hidden_activations_if_asked(
     keep_hidden: bool, interpreted: Run
 ) -> None:
-    found = interpreted(bytes_saved, make_inputs(SMALL), keep_hidden)
-    assert found["bytes"] == traffic.saved(shape_of(SMALL), keep_hidden=keep_hidden, factors=True)
+    found = interpreted(saved, make_inputs(SMALL), keep_hidden)
+    assert found == traffic.saved(shape_of(SMALL), keep_hidden=keep_hidden, factors=True)
 
 
 def test_the_megabytes_that_the_design_was_chosen_by() -> None:
@@ -107,21 +97,16 @@ def test_the_megabytes_that_the_design_was_chosen_by() -> None:
         assert all(f"{number:,}" in (traffic.__doc__ or "") for number in told)
 
 
-def compiled(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Under torch.compile with one graph, by its tracer without a code generator (which the interpreter would not survive)."""
-    rest = {key: value for key, value in inputs.items() if key not in (*INPUTS, "gradient")}
-
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=False)
-    def function(*leaves: Tensor) -> Tensor:
-        return expert_mlp(*leaves, **rest, backend="triton", keep_hidden=True) * 2.0
-
-    leaves = [inputs[name].requires_grad_() for name in INPUTS]
-    output = function(*leaves)
-    return dict(zip(NAMES, (output.detach(), *torch.autograd.grad(output, leaves, inputs["gradient"])), strict=True))
+def in_one_graph(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    leaves = {name: inputs[name] for name in INPUTS}
+    rest = {name: value for name, value in inputs.items() if name not in (*INPUTS, "gradient")}
+    return compiled(
+        lambda *tensors: expert_mlp(*tensors, **rest, backend="triton", keep_hidden=True), leaves, inputs["gradient"]
+    )
 
 
 def test_compile_sees_one_graph_with_the_same_result(interpreted: Run) -> None:
-    found, wanted = interpreted(compiled, make_inputs(SMALL)), by_reference(make_inputs(SMALL))
+    found, wanted = interpreted(in_one_graph, make_inputs(SMALL)), by_reference(make_inputs(SMALL))
     assert_same(found, {name: 2.0 * tensor for name, tensor in wanted.items()})
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from kernels.grouped_matmul import choose_backend, grouped_matmul
 from kernels.sum_copies import RowCopies
-from tests.kernels.routes import ALL, Case, Inputs, assert_same, compute, inputs_of, loop
+from tests.kernels.compare import assert_same
+from tests.kernels.memory import launches_of
+from tests.kernels.routes import ALL, Case, Inputs, compute, inputs_of, loop
 
 Interpreted = Callable[..., Any]
 
@@ -31,8 +33,6 @@ def test_torch_compile_keeps_it_in_one_graph_with_the_same_numbers(interpreted: 
 
 def launches_of_a_backward_pass(*names: str) -> list[str]:
     """The kernels that run where these of the three inputs need gradients."""
-    from tests.kernels.memory import recorded_launches
-
     given = inputs_of(Case((3, 0, 5), 8, 12, **ALL, gate_side="after"))
     for name in names:
         given[name].requires_grad_()
@@ -46,9 +46,7 @@ def launches_of_a_backward_pass(*names: str) -> list[str]:
         output_index_C=given["output_index"],
         num_outputs=7,
     )
-    with recorded_launches() as launches:
-        output.backward(given["gradient"])
-    return [launch.kernel for launch in launches]
+    return [launch.kernel for launch in launches_of(output.backward, given["gradient"])]
 
 
 @pytest.mark.parametrize(

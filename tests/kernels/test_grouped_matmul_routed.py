@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.routes import ALL, Case, Inputs, assert_same, compute, compute_in_small_tiles, inputs_of, loop
+from tests.kernels.compare import assert_same
+from tests.kernels.routes import ALL, Case, Inputs, compute, compute_in_small_tiles, inputs_of, loop
 
 Interpreted = Callable[..., Any]
 PLAIN_BACKENDS = ("torch", "loop", "reference")

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from kernels.grouped_matmul import schedule
 from kernels.grouped_matmul.tiles import count_tiles, tile_of
-from tests.kernels.routes import Case, assert_same, compute_in_small_tiles, inputs_of, loop
+from tests.kernels.compare import assert_same
+from tests.kernels.routes import Case, compute_in_small_tiles, inputs_of, loop
 
 Interpreted = Callable[..., Any]
 Tile = tuple[int, int, int]  # group, first copy, end of the group

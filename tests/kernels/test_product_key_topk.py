@@ -26,7 +26,6 @@ Inputs = dict[str, Tensor]
 LEAVES = ("queries", "keys")
 NAMES = ("scores", "first", "second", *LEAVES)
 BACKENDS = ("triton", "torch", "reference")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 SIZES = [(4, 1), (4, 4), (4, 16), (5, 7), (7, 8), (12, 16), (23, 9), (40, 32)]  # sub-keys of a half, picks
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.product_key_topk import candidates, product_key_topk, traffic
 from kernels.product_key_topk.traffic import Shape
 from tests.kernels.compare import assert_same
+from tests.kernels.memory import assert_touched, bytes_saved, launches_of, recorded_launches
 from tests.kernels.test_product_key_topk import LEAVES, NAMES, Case, Inputs, by_backend, loop, make_inputs
 
 Run = Callable[..., Any]
@@ -28,43 +29,25 @@ def shape_of(case: Case) -> Shape:
     )  # fmt: skip
 
 
-def count_bytes(inputs: Inputs) -> list[Any]:
-    """The launches of a forward and a backward pass."""
-    from tests.kernels.memory import recorded_launches
-
-    with recorded_launches() as launches:
-        by_backend(inputs, "triton")
-    return launches
-
-
 @pytest.mark.parametrize("case", [OWN, KEYS, QUERIES], ids=["own", "one_query", "one_set_of_keys"])
 def test_the_byte_model_is_what_the_kernels_touch_and_nothing_is_written_twice(case: Case, interpreted: Run) -> None:
-    found, shape = interpreted(count_bytes, make_inputs(case)), shape_of(case)
+    found, shape = interpreted(launches_of, by_backend, make_inputs(case), "triton"), shape_of(case)
     wanted = [*traffic.forward(shape).values(), *traffic.backward(shape).values()]
     assert tuple(launch.kernel for launch in found) == KERNELS
-    assert [(launch.read, launch.written) for launch in found] == [(each.read, each.written) for each in wanted]
-    assert all(launch.asked_to_write == launch.written for launch in found), "no element is written by two programs"
+    assert_touched(found, wanted)
 
 
-def bytes_saved(inputs: Inputs, backend: str) -> int:
-    """Bytes kept for the backward pass, without the sub-keys."""
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor.nbytes
-        return tensor
-
-    leaves = [inputs[name].requires_grad_() for name in LEAVES]
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        choice = product_key_topk(*leaves, top_k=inputs["gradient"].shape[2], backend=backend)
-    assert choice.scores_THK.requires_grad
-    return sum(kept.values()) - leaves[1].nbytes
+def saved(inputs: Inputs, backend: str) -> int:
+    """Without the sub-keys."""
+    queries, keys = (inputs[name].requires_grad_() for name in LEAVES)
+    top_k = inputs["gradient"].shape[2]
+    return bytes_saved(lambda: product_key_topk(queries, keys, top_k=top_k, backend=backend).scores_THK, beside=[keys])
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_only_queries_keys_and_ids_are_saved(backend: str, interpreted: Run) -> None:
     call = interpreted if backend == "triton" else lambda function, *args: function(*args)
-    assert call(bytes_saved, make_inputs(OWN), backend) == traffic.saved(shape_of(OWN))
+    assert call(saved, make_inputs(OWN), backend) == traffic.saved(shape_of(OWN))
 
 
 def test_the_kilobytes_that_the_traffic_tells() -> None:
@@ -131,8 +114,6 @@ def test_autocast_changes_nothing_and_narrow_inputs_give_float32_scores(backend:
 
 def precisions(inputs: Inputs, allowed: bool) -> list[tuple[str, set[str]]]:
     """Of each launch of a forward and of a backward pass, by torch's switch."""
-    from tests.kernels.memory import recorded_launches
-
     try:
         torch.backends.cuda.matmul.allow_tf32 = allowed
         with recorded_launches() as launches:

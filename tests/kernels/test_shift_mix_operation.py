@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kernels.shift_mix import candidates, shift_mix, shift_mix_step, traffic
 from kernels.shift_mix.traffic import Shape
-from tests.kernels.compare import assert_same
+from tests.kernels.compare import assert_same, compiled
+from tests.kernels.memory import assert_touched, bytes_saved, launches_of
 from tests.kernels.test_shift_mix import LEAVES, NAMES, Case, Inputs, by_backend, decoded, loop, make_inputs
 
 Run = Callable[..., Any]
@@ -25,28 +26,19 @@ def shape_of(case: Case) -> Shape:
     )  # fmt: skip
 
 
-def count_bytes(function: Callable[..., object], *args: Any) -> list[Any]:
-    from tests.kernels.memory import recorded_launches
-
-    with recorded_launches() as launches:
-        function(*args)
-    return launches
-
-
 @pytest.mark.parametrize("boundary", ["zero", "self", "clamp"])
 @pytest.mark.parametrize("case", [PLAIN, PACKED], ids=["one_document", "documents"])
 def test_the_byte_model_is_what_the_kernels_touch_and_nothing_is_written_twice(
     case: Case, boundary: str, interpreted: Run
 ) -> None:
-    found = interpreted(count_bytes, by_backend, make_inputs(case, boundary), "triton")
+    found = interpreted(launches_of, by_backend, make_inputs(case, boundary), "triton")
     wanted = [*traffic.forward(shape_of(case)).values(), *traffic.backward(shape_of(case)).values()]
     assert [launch.kernel for launch in found] == ["mix_kernel", "backward_kernel"]
-    assert [(launch.read, launch.written) for launch in found] == [(each.read, each.written) for each in wanted]
-    assert all(launch.asked_to_write == launch.written for launch in found), "no element is written by two programs"
+    assert_touched(found, wanted)
 
 
 def test_slices_with_their_own_shifts_are_read_and_written_once_together(interpreted: Run) -> None:
-    found = interpreted(count_bytes, by_backend, make_inputs(OWN, "zero"), "triton")
+    found = interpreted(launches_of, by_backend, make_inputs(OWN, "zero"), "triton")
     forward, backward = found[:3], found[3:]
     factors = 2 * 3 * traffic.FLOAT
     row = shape_of(OWN).row_bytes
@@ -58,49 +50,35 @@ def test_slices_with_their_own_shifts_are_read_and_written_once_together(interpr
 
 def test_a_step_reads_and_writes_two_tokens_in_one_launch(interpreted: Run) -> None:
     inputs = make_inputs(Case(2, 6, 300, 3, (2,)), "zero")
-    found = interpreted(count_bytes, decoded, inputs, "triton")
+    found = interpreted(launches_of, decoded, inputs, "triton")
     model = traffic.step(batch=2, width=300, factors=3, itemsize=4)
     assert len(found) == 6
-    assert all((launch.read, launch.written) == (model.read, model.written) for launch in found[2:])
-    assert all(launch.asked_to_write == launch.written for launch in found)
+    assert_touched(found[2:], [model] * 4)
 
 
-def bytes_saved(inputs: Inputs, backend: str) -> int:
-    """Bytes kept for the backward pass, without the factors."""
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor.nbytes
-        return tensor
-
+def saved(inputs: Inputs, backend: str) -> int:
+    """Without the factors."""
     leaves = [inputs[name].requires_grad_() for name in LEAVES]
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        shift_mix(*leaves, **inputs["rest"], backend=backend)
-    return sum(kept.values()) - 2 * leaves[1].nbytes
+    return bytes_saved(lambda: shift_mix(*leaves, **inputs["rest"], backend=backend), beside=leaves[1:])
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_only_u_and_where_documents_begin_are_saved(backend: str, interpreted: Run) -> None:
     call = interpreted if backend == "triton" else lambda function, *args: function(*args)
-    assert call(bytes_saved, make_inputs(PACKED, "zero"), backend) == traffic.saved(shape_of(PACKED))
+    assert call(saved, make_inputs(PACKED, "zero"), backend) == traffic.saved(shape_of(PACKED))
 
 
-def compiled(inputs: Inputs) -> dict[str, Tensor]:
-    """Under torch.compile with one graph, by its tracer without a code generator (which the interpreter would not survive)."""
-
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=False)
-    def function(*leaves: Tensor) -> Tensor:
-        return shift_mix(*leaves, **inputs["rest"], backend="triton") * 2.0
-
-    leaves = [inputs[name].requires_grad_() for name in LEAVES]
-    output = function(*leaves)
-    return dict(zip(NAMES, (output.detach(), *torch.autograd.grad(output, leaves, inputs["gradient"])), strict=True))
+def in_one_graph(inputs: Inputs) -> dict[str, Tensor]:
+    leaves = {name: inputs[name] for name in LEAVES}
+    return compiled(
+        lambda *tensors: shift_mix(*tensors, **inputs["rest"], backend="triton"), leaves, inputs["gradient"]
+    )
 
 
 def test_compile_sees_one_graph_with_the_same_result(interpreted: Run) -> None:
     inputs = make_inputs(PACKED, "self")
     wanted = {name: 2.0 * each for name, each in loop(inputs).items()}
-    assert_same(interpreted(compiled, inputs), wanted, tolerance=1e-5)
+    assert_same(interpreted(in_one_graph, inputs), wanted, tolerance=1e-5)
 
 
 def checked_by_torch(inputs: Inputs) -> str:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from kernels.switchhead_project import traffic
 from kernels.switchhead_project.traffic import Shape
-from tests.kernels.compare import assert_same
+from kernels.traffic import Traffic
+from tests.kernels.compare import assert_same, compiled
+from tests.kernels.memory import assert_touched, bytes_saved, launches_of, recorded_launches
 from tests.kernels.test_switchhead_project import (
     FUNCTIONS,
     LEAVES,
-    NAMES,
     PARTS,
     Case,
     Inputs,
@@ -35,53 +36,33 @@ def shape_of(case: Case) -> Shape:
     )  # fmt: skip
 
 
-def count_bytes(inputs: Inputs, part: str) -> list[Any]:
-    """The launches of a forward and a backward pass."""
-    from tests.kernels.memory import recorded_launches
-
-    with recorded_launches() as launches:
-        by_backend(inputs, part)
-    return launches
-
-
 @PARTS
 def test_the_byte_model_is_what_the_kernels_touch_and_nothing_is_written_twice(part: str, interpreted: Run) -> None:
-    found = interpreted(count_bytes, make_inputs(SMALL, part), part)
+    found = interpreted(launches_of, by_backend, make_inputs(SMALL, part), part)
     shape = shape_of(SMALL)
-    wanted = launches_of(shape, part)
+    wanted = models_of(shape, part)
     own = [launch for launch in found if launch.kernel in OWN]
-    assert [(launch.read, launch.written) for launch in own] == [wanted.pop(name) for name in OWN_LAUNCHES[part]]
-    weights = [(launch.read, launch.written) for launch in found if launch.kernel not in OWN]
-    assert weights == list(wanted.values())
-    assert all(launch.asked_to_write == launch.written for launch in found), "no element is written by two programs"
+    assert_touched(own, [wanted.pop(name) for name in OWN_LAUNCHES[part]])
+    assert_touched([launch for launch in found if launch.kernel not in OWN], wanted.values())
 
 
-def launches_of(shape: Shape, part: str) -> dict[str, tuple[int, int]]:
-    """(bytes read, bytes written) of both passes, by launch."""
-    passes = [getattr(traffic, f"{part}_{name}")(shape) for name in ("forward", "backward")]
-    return {name: (each.read, each.written) for launches in passes for name, each in launches.items()}
+def models_of(shape: Shape, part: str) -> dict[str, Traffic]:
+    """Of both passes, by launch."""
+    passes = traffic.passes(shape, values=part == "values")
+    return {**passes["forward"].launches, **passes["backward"].launches}
 
 
 def test_more_columns_than_a_tile_has_cost_one_more_set_of_dot_products(interpreted: Run) -> None:
     case = Case(9, 2, 3, 2, 20, 100)
-    found = interpreted(count_bytes, make_inputs(case, "values"), "values")
+    found = interpreted(launches_of, by_backend, make_inputs(case, "values"), "values")
     model = traffic.values_backward(shape_of(case))["gates"]
     (gates,) = (launch for launch in found[1:] if launch.kernel == "values_kernel")
     assert (gates.read, gates.written) == (model.read, 2 * model.written)
 
 
-def bytes_saved(inputs: Inputs, part: str) -> int:
-    """Bytes kept for the backward pass, without the weights."""
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() != inputs["weights"].data_ptr():
-            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        call(inputs, part, require=LEAVES)
-    return sum(kept.values())
+def saved(inputs: Inputs, part: str) -> int:
+    """Without the weights."""
+    return bytes_saved(lambda: call(inputs, part, require=LEAVES), beside=[inputs["weights"]])
 
 
 def call(inputs: Inputs, part: str, *, require: tuple[str, ...] = (), backend: str = "triton") -> Tensor:
@@ -91,7 +72,7 @@ def call(inputs: Inputs, part: str, *, require: tuple[str, ...] = (), backend: s
 
 @PARTS
 def test_only_the_inputs_are_saved(part: str, interpreted: Run) -> None:
-    found = interpreted(bytes_saved, make_inputs(SMALL, part), part)
+    found = interpreted(saved, make_inputs(SMALL, part), part)
     assert found == traffic.saved(shape_of(SMALL), values=part == "values")
 
 
@@ -105,8 +86,8 @@ def test_the_megabytes_and_multiplications_that_the_docstring_tells(name: str, p
     weights = 2 * g * shape.d_model * shape.head_dim
     per_token = 3 * (wide + narrow + small) if values else 2 * (wide + small) + 3 * narrow + 4 * n
     own = shape.tokens * per_token + (2 + values) * weights
-    launches = launches_of(shape, part)
-    assert sum(sum(launches[each]) for each in OWN_LAUNCHES[part]) == own
+    launches = models_of(shape, part)
+    assert sum(launches[each].total for each in OWN_LAUNCHES[part]) == own
     chosen = 2e-9 * shape.tokens * n * shape.d_model * shape.head_dim
     dense = (2 + values) * chosen * shape.experts / shape.choices
     assert traffic.flops(shape, backward=True) / 1e9 == pytest.approx(3 * chosen)
@@ -116,27 +97,20 @@ def test_the_megabytes_and_multiplications_that_the_docstring_tells(name: str, p
     told = (traffic.__doc__ or "").splitlines()
     assert any(each.endswith(f"| {'V' if values else 'O'} | {line} |") for each in told), line
     bound = traffic.forward_bound(shape) + traffic.backward_bound(shape, values=values)
-    assert bound < sum(sum(each) for each in launches.values())
+    assert bound < sum(each.total for each in launches.values())
 
 
-def compiled(inputs: Inputs, part: str) -> dict[str, Tensor]:
-    """Under torch.compile with one graph, by its tracer without a code generator (which the interpreter would not survive)."""
-    experts_THK = inputs["experts"]
-
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=False)
-    def function(*leaves: Tensor) -> Tensor:
-        return FUNCTIONS[part](*leaves, experts_THK=experts_THK, backend="triton") * 2.0
-
-    leaves = [inputs[name].requires_grad_() for name in LEAVES]
-    output = function(*leaves)
-    return dict(zip(NAMES, (output.detach(), *torch.autograd.grad(output, leaves, inputs["gradient"])), strict=True))
+def in_one_graph(inputs: Inputs, part: str) -> dict[str, Tensor]:
+    leaves = {name: inputs[name] for name in LEAVES}
+    options: dict[str, Any] = {"experts_THK": inputs["experts"], "backend": "triton"}
+    return compiled(lambda *tensors: FUNCTIONS[part](*tensors, **options), leaves, inputs["gradient"])
 
 
 @PARTS
 def test_compile_sees_one_graph_with_the_same_result(part: str, interpreted: Run) -> None:
     inputs = make_inputs(Case(9, 2, 3, 2, 20, 12), part)
     wanted = {name: 2.0 * tensor for name, tensor in loop(inputs, part).items()}
-    assert_same(interpreted(compiled, inputs, part), wanted)
+    assert_same(interpreted(in_one_graph, inputs, part), wanted)
 
 
 def checked_by_torch(inputs: Inputs, part: str) -> list[str]:
@@ -179,8 +153,6 @@ def test_autocast_computes_in_its_dtype_with_fp32_gradients_at_fp32_leaves(
 
 def one_gradient(inputs: Inputs, part: str, name: str) -> tuple[Tensor, list[str], int]:
     """The gradient, the kernels that ran for it, and the bytes that they wrote."""
-    from tests.kernels.memory import recorded_launches
-
     output = call(inputs, part, require=(name,))
     with recorded_launches() as launches:
         (found,) = torch.autograd.grad(output, [inputs[name]], inputs["gradient"])

@@ -14,7 +14,8 @@ from kernels.peer_experts import traffic
 from kernels.tables.adam import RowAdam
 from kernels.tables.routes import TableRoutes
 from kernels.tables.traffic import Shape
-from tests.kernels.compare import assert_same
+from tests.kernels.compare import assert_same, compiled
+from tests.kernels.memory import Launch, assert_touched, bytes_saved, recorded_launches
 from tests.kernels.tables import NAMES, Case, apply, by_kernel, by_loop, make_inputs
 
 Run = Callable[..., Any]
@@ -52,10 +53,8 @@ def shape_of(case: Case, routes: TableRoutes) -> Shape:
     )  # fmt: skip
 
 
-def count_bytes(op: str, inputs: dict[str, Any], adam: bool) -> list[Any]:
-    """The launches of a forward and a backward pass."""
+def both_passes(op: str, inputs: dict[str, Any], adam: bool) -> list[Launch]:
     from kernels.tables import by_entry
-    from tests.kernels.memory import recorded_launches
 
     leaves = {name: inputs[name].requires_grad_() for name in NAMES[op]}
     adams = tuple(RowAdam.zeros(leaves[name], lr=0.1) for name in ("up", "down") if name in leaves)
@@ -73,17 +72,14 @@ def test_the_byte_model_is_what_the_kernels_touch_and_nothing_is_written_twice(
     name: str, op: str, adam: bool, interpreted: Run
 ) -> None:
     inputs = every_row_has_a_copy(CASES[name])
-    found = interpreted(count_bytes, op, inputs, adam)
+    found = interpreted(both_passes, op, inputs, adam)
     shape, model = shape_of(CASES[name], inputs["routes"]), {"experts": traffic, "bag": bag_traffic}[op]
     wanted = {
         **{f"forward {part}": each for part, each in model.forward(shape).items()},
         **model.backward(shape, adam=adam),
     }
     wanted = {part: each for part, each in wanted.items() if "zeros" not in part}  # torch writes them
-    assert [(launch.read, launch.written) for launch in found] == [
-        (each.read, each.written) for each in wanted.values()
-    ]
-    assert all(launch.asked_to_write == launch.written for launch in found), "no element is written by two programs"
+    assert_touched(found, wanted.values())
 
 
 def places() -> int:
@@ -151,45 +147,28 @@ def test_what_must_move_is_counted_copy_after_copy(tokens: int) -> None:
     assert traffic.must_move(shape, backward=True) == wanted
 
 
-def bytes_saved(inputs: dict[str, Any]) -> int:
-    tables = {inputs[name].data_ptr() for name in ("up", "down")}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in tables:
-            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
-
+def saved(inputs: dict[str, Any]) -> int:
+    """Without the tables."""
     leaves = {name: inputs[name].requires_grad_() for name in NAMES["experts"]}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = apply("experts", leaves, inputs["routes"])
-    assert output.requires_grad
-    return sum(kept.values())
+    return bytes_saved(lambda: apply("experts", leaves, inputs["routes"]), beside=[leaves["up"], leaves["down"]])
 
 
 def test_only_rows_gates_routes_and_a_number_per_copy_are_saved(interpreted: Run) -> None:
     inputs = make_inputs(SMALL)
-    assert interpreted(bytes_saved, inputs) == traffic.saved(shape_of(SMALL, inputs["routes"]))
+    assert interpreted(saved, inputs) == traffic.saved(shape_of(SMALL, inputs["routes"]))
 
 
-def compiled(op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Under torch.compile with one graph, by its tracer without a code generator (which the interpreter would not survive)."""
-
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=False)
-    def function(*leaves: Tensor) -> Tensor:
-        return apply(op, dict(zip(NAMES[op], leaves, strict=True)), inputs["routes"]) * 2.0
-
-    leaves = [inputs[name].requires_grad_() for name in NAMES[op]]
-    output = function(*leaves)
+def in_one_graph(op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    leaves = {name: inputs[name] for name in NAMES[op]}
     gradient = inputs["gradient_of_products" if op == "products" else "gradient"]
-    return dict(
-        zip(("output", *NAMES[op]), (output.detach(), *torch.autograd.grad(output, leaves, gradient)), strict=True)
+    return compiled(
+        lambda *tensors: apply(op, dict(zip(leaves, tensors, strict=True)), inputs["routes"]), leaves, gradient
     )
 
 
 @pytest.mark.parametrize("op", NAMES)
 def test_compile_sees_one_graph_with_the_same_result(op: str, interpreted: Run) -> None:
-    found, wanted = interpreted(compiled, op, make_inputs(SMALL)), by_loop(op, make_inputs(SMALL))
+    found, wanted = interpreted(in_one_graph, op, make_inputs(SMALL)), by_loop(op, make_inputs(SMALL))
     assert_same(found, {name: 2.0 * tensor for name, tensor in wanted.items()}, tolerance=4e-6)
 
 

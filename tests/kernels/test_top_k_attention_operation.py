@@ -10,8 +10,9 @@ from torch import Tensor
 from kernels.top_k_attention import candidates, top_k_attention, traffic
 from kernels.top_k_attention.selection import select_top_k
 from kernels.top_k_attention.traffic import Shape
-from tests.kernels.compare import assert_same
-from tests.kernels.test_top_k_attention import NAMES, SCALE, Case, by_kernel, by_loop, make_inputs
+from tests.kernels.compare import assert_same, compiled
+from tests.kernels.memory import assert_touched, bytes_saved, launches_of, recorded_launches
+from tests.kernels.test_top_k_attention import SCALE, Case, by_kernel, by_loop, make_inputs
 
 Run = Callable[..., Any]
 INPUTS = ("q", "k", "v")
@@ -24,21 +25,11 @@ def shape_of(case: Case) -> Shape:
     return Shape(*case.sizes, itemsize=4, selects=case.top_k < case.sizes[3], sharing=case.sharing)
 
 
-def count_bytes(inputs: dict[str, Any]) -> list[Any]:
-    """The launches of a forward and a backward pass."""
-    from tests.kernels.memory import recorded_launches
-
-    with recorded_launches() as launches:
-        by_kernel(inputs)
-    return launches
-
-
 @pytest.mark.parametrize("case", [SMALL, ALL, SHARED], ids=["selects", "all_keys", "shared"])
 def test_the_byte_model_is_what_the_kernels_touch_and_nothing_is_written_twice(case: Case, interpreted: Run) -> None:
-    found = interpreted(count_bytes, make_inputs(case))
+    found = interpreted(launches_of, by_kernel, make_inputs(case))
     wanted = [*traffic.forward(shape_of(case)).values(), *traffic.backward(shape_of(case)).values()]
-    assert [(launch.read, launch.written) for launch in found] == [(each.read, each.written) for each in wanted]
-    assert all(launch.asked_to_write == launch.written for launch in found), "no element is written by two programs"
+    assert_touched(found, wanted)
 
 
 def test_the_flops_are_those_of_the_pairs_that_a_loop_counts() -> None:
@@ -47,39 +38,26 @@ def test_the_flops_are_those_of_the_pairs_that_a_loop_counts() -> None:
     assert traffic.flops(shape_of(SMALL), backward=True) == 2 * pairs * (4 * 6 + 3 * 5)
 
 
-def bytes_saved(inputs: dict[str, Any]) -> int:
-    """Kept for the backward pass beside q, k and v."""
+def saved(inputs: dict[str, Any]) -> int:
+    """Beside q, k and v."""
     leaves = [inputs[name].requires_grad_() for name in INPUTS]
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if not any(tensor.data_ptr() == leaf.data_ptr() for leaf in leaves):
-            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        top_k_attention(*leaves, top_k=inputs["top_k"], scale=SCALE, backend="triton")
-    return sum(kept.values())
+    return bytes_saved(
+        lambda: top_k_attention(*leaves, top_k=inputs["top_k"], scale=SCALE, backend="triton"), beside=leaves
+    )
 
 
 def test_three_numbers_per_query_are_saved_and_the_output(interpreted: Run) -> None:
-    assert interpreted(bytes_saved, make_inputs(SMALL)) == traffic.saved(shape_of(SMALL)) == 2 * 20 * (3 * 4 + 5 * 4)
+    assert interpreted(saved, make_inputs(SMALL)) == traffic.saved(shape_of(SMALL)) == 2 * 20 * (3 * 4 + 5 * 4)
 
 
-def compiled(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Under torch.compile with one graph, by its tracer without a code generator (which the interpreter would not survive)."""
-
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=False)
-    def function(*leaves: Tensor) -> Tensor:
-        return top_k_attention(*leaves, top_k=inputs["top_k"], scale=SCALE, backend="triton") * 2.0
-
-    leaves = [inputs[name].requires_grad_() for name in INPUTS]
-    output = function(*leaves)
-    return dict(zip(NAMES, (output.detach(), *torch.autograd.grad(output, leaves, inputs["gradient"])), strict=True))
+def in_one_graph(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    options: dict[str, Any] = {"top_k": inputs["top_k"], "scale": SCALE, "backend": "triton"}
+    leaves = {name: inputs[name] for name in INPUTS}
+    return compiled(lambda *tensors: top_k_attention(*tensors, **options), leaves, inputs["gradient"])
 
 
 def test_compile_sees_one_graph_with_the_same_result(interpreted: Run) -> None:
-    found, wanted = interpreted(compiled, make_inputs(SMALL)), by_loop(make_inputs(SMALL))
+    found, wanted = interpreted(in_one_graph, make_inputs(SMALL)), by_loop(make_inputs(SMALL))
     assert_same(found, {name: 2.0 * tensor for name, tensor in wanted.items()}, tolerance=4e-6)
 
 
@@ -127,8 +105,6 @@ def test_one_gradient_alone_is_the_same(name: str, interpreted: Run) -> None:
 
 def precisions(inputs: dict[str, Any], allowed: bool) -> list[tuple[str, set[str]]]:
     """Of each launch of a forward and of a backward pass, between which torch's switch is turned."""
-    from tests.kernels.memory import recorded_launches
-
     leaves = [inputs[name].requires_grad_() for name in INPUTS]
     matmul = torch.backends.cuda.matmul
     try:

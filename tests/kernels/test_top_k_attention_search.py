@@ -8,6 +8,7 @@ import torch
 
 from kernels.top_k_attention import MAX_TOP_K, MAX_WIDTH
 from kernels.top_k_attention.kernel import Tiles, tiles_for
+from tests.kernels.memory import launches_of
 
 Run = Callable[..., Any]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,13 +33,11 @@ def test_the_places_of_a_tile_hold_twice_top_k_scores_and_not_four_times(dtype: 
 def sweeps(dtype: torch.dtype, top_k: int) -> float:
     """Along 2,048 keys with random scores, the mean of a few blocks of queries: the keys that are read over those that there are."""
     from kernels.top_k_attention import kernel
-    from tests.kernels.memory import recorded_launches
 
     m = every_tile("thresholds", dtype, 16, top_k)[0].m
     generator = torch.Generator().manual_seed(0)
     q_BHSC, k_BHMC = (torch.randn(2, 1, length, 16, generator=generator).to(dtype) for length in (m, 2048))
-    with recorded_launches() as launches:
-        kernel.thresholds(q_BHSC, k_BHMC, None, top_k=top_k, precision="ieee")
+    launches = launches_of(kernel.thresholds, q_BHSC, k_BHMC, None, top_k=top_k, precision="ieee")
     return (launches[0].asked - q_BHSC.nbytes) / k_BHMC.nbytes
 
 

@@ -11,6 +11,7 @@ from kernels.grouped_matmul import schedule, traffic
 from kernels.grouped_matmul.traffic import Shape
 from kernels.sort_routes import sort_routes
 from kernels.sort_routes import traffic as sort_traffic
+from tests.kernels.memory import launches_of, recorded_launches
 
 Interpreted = Callable[..., Any]
 
@@ -38,7 +39,6 @@ def count(name: str) -> tuple[list[Any], list[Any]]:
     shape = SHAPES[name]
     from kernels.grouped_matmul import kernel, op, weight_gradient
     from kernels.sum_copies import RowCopies
-    from tests.kernels.memory import recorded_launches
 
     copies = torch.arange(shape.copies)
     offsets_G = torch.tensor(shape.sizes).cumsum(0, dtype=torch.int32)
@@ -80,11 +80,8 @@ def test_no_element_is_written_twice_in_a_launch_of_grouped_matmul(interpreted: 
 
 
 def count_sort(num_ids: int, num_groups: int) -> list[Any]:
-    from tests.kernels.memory import recorded_launches
-
-    with recorded_launches() as launches:
-        sort_routes(torch.arange(num_ids) % num_groups, num_groups=num_groups, backend="triton")
-    return launches
+    ids = torch.arange(num_ids) % num_groups
+    return launches_of(sort_routes, ids, num_groups=num_groups, backend="triton")
 
 
 @pytest.mark.parametrize(("num_ids", "num_groups"), [(300, 5), (128, 70), (1, 1)])
@@ -93,7 +90,8 @@ def test_the_model_of_sort_routes_counts_every_byte_and_none_is_written_twice(
 ) -> None:
     found = interpreted(count_sort, num_ids, num_groups)
     model = sort_traffic.launches(ids=num_ids, groups=num_groups)
-    assert [(launch.asked, launch.read, launch.written) for launch in found] == list(model.values())
+    wanted = [(each.asked, each.read, each.written) for each in model.values()]
+    assert [(launch.asked, launch.read, launch.written) for launch in found] == wanted
     assert all(launch.asked_to_write == launch.written for launch in found)
 
 

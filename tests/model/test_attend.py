@@ -13,7 +13,6 @@ from torch import Tensor
 from model.context import Memory
 from tests.model import by_hand
 from tests.model.build import (
-    Recorded,
     attention,
     attention_weights,
     context,
@@ -28,6 +27,7 @@ from tests.model.build import (
     switchhead_weights,
     transformer,
 )
+from tests.model.watch import Recorded, assert_float32_throughout
 
 DOCUMENTS = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0]])
 FORMS: dict[str, dict[str, Any]] = {
@@ -229,6 +229,4 @@ def test_bfloat16_autocast_is_the_float32_layer_up_to_rounding(kind: str, form: 
     # a rounding may choose another of two nearly equal keys, so kept keys are only looked at for being finite
     tolerance = float("inf") if "top-k" in form else 0.03 * wide.abs().max().item()
     torch.testing.assert_close(narrow.float(), wide, rtol=0, atol=tolerance)
-    assert all(
-        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters()
-    )
+    assert_float32_throughout(layer)

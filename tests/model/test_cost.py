@@ -18,7 +18,8 @@ from model.hsm.config import HSMConfig
 from model.parameters import ExpertBank, Table, count_parameters, materialize
 from model.product_key_config import PEERConfig, PKMConfig
 from model.section import LayerSection, Place
-from tests.model.build import Watched, context, normal, place, remembering
+from tests.model.build import context, normal, place, remembering
+from tests.model.watch import Watched
 
 LENGTH, WIDTH = 8, 6
 SMALL = {"d_model": 412, "length": 256, "memory_blocks": 1, "positions": "xl"}

@@ -9,15 +9,8 @@ from torch import Tensor
 
 from model.parameters import add_updates, count_parameters, logical_parameters, materialize
 from model.product_key_config import PEERConfig
-from tests.model.build import (
-    context,
-    gradients_agree,
-    model_config,
-    normal,
-    place,
-    tokens,
-    transformer,
-)
+from tests.model.build import context, gradients_agree, model_config, normal, place, tokens, transformer
+from tests.model.watch import assert_float32_throughout
 from train.optimizer import parameter_groups
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": torch.relu}
@@ -234,7 +227,7 @@ def test_under_bfloat16_autocast_choice_and_gates_stay_float32_and_so_do_all_gra
     for name, report in plain.reports.items():
         assert all(torch.equal(left, right) for left, right in zip(report, narrow.reports[name], strict=True))
     narrow.y_BSD.float().square().sum().backward()
-    assert all(value.grad.dtype == torch.float32 and value.grad.isfinite().all() for value in layer.parameters())
+    assert_float32_throughout(layer)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])

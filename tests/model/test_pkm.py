@@ -10,15 +10,8 @@ from torch import Tensor
 from model.parameters import count_parameters, materialize
 from model.pkm import MemoryGate
 from model.product_key_config import PKMConfig
-from tests.model.build import (
-    Watched,
-    context,
-    gradients_agree,
-    model_config,
-    normal,
-    place,
-    transformer,
-)
+from tests.model.build import context, gradients_agree, model_config, normal, place, transformer
+from tests.model.watch import Watched, assert_float32_throughout
 from train.optimizer import parameter_groups
 
 
@@ -197,7 +190,7 @@ def test_under_bfloat16_autocast_the_result_is_near_and_the_gradients_are_float3
     assert narrow.dtype == torch.bfloat16
     torch.testing.assert_close(narrow.float(), plain, rtol=0, atol=0.02 * plain.abs().max().item())
     narrow.float().square().sum().backward()
-    assert all(value.grad.dtype == torch.float32 and value.grad.isfinite().all() for value in layer.parameters())
+    assert_float32_throughout(layer)
 
 
 UNIFORM = 1 / math.sqrt(3)  # the standard deviation of a uniform draw in [-1, 1]

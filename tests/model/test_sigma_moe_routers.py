@@ -10,17 +10,8 @@ from torch import Tensor
 import model.router
 from model.router import best
 from tests.model import by_hand
-from tests.model.build import (
-    Recorded,
-    Watched,
-    context,
-    gradients_agree,
-    losses_of,
-    normal,
-    set_logits,
-    sigma_moe,
-    with_constant_channel,
-)
+from tests.model.build import context, gradients_agree, losses_of, normal, set_logits, sigma_moe, with_constant_channel
+from tests.model.watch import Recorded, Watched
 
 ROUTERS = ["sigmoid", "softmax", "softmax_after", "switch", "sinkhorn", "noisy", "average_keys", "recurrent"]
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from tests.model import by_hand
 from tests.model.build import (
     OPEN,
-    Recorded,
-    Watched,
     context,
     dense_attention,
     gradients_agree,
@@ -23,6 +21,7 @@ from tests.model.build import (
     switchhead_weights,
     with_constant_channel,
 )
+from tests.model.watch import Recorded, Watched, assert_float32_throughout
 
 each_position = pytest.mark.parametrize("positions", ["rope", "xl"])
 
@@ -120,13 +119,6 @@ def test_gradients_of_input_routers_and_banks_equal_finite_differences_while_the
     assert gradients_agree(layer, x, context(1))
 
 
-def test_evaluation_is_deterministic_and_free_of_expert_dropout():
-    plain, dropping, x = switchhead(), switchhead(expert_dropout=0.9), normal(2, 5, 6)
-    y = dropping(x, context(2)).y_BSD
-    assert torch.equal(y, dropping(x, context(2, step=1)).y_BSD)
-    assert torch.equal(y, plain(x, context(2)).y_BSD)
-
-
 def test_a_row_is_evaluated_alike_whatever_rows_it_is_batched_with():
     layer, x = switchhead(), normal(4, 5, 6)
     together = layer(x, context(4)).y_BSD
@@ -141,26 +133,6 @@ def test_expert_dropout_changes_the_ranking_only():
     plain, dropping, x = switchhead(top_k=3), switchhead(top_k=3).train(), normal(2, 5, 6)
     dropping.config = dropping.config.model_copy(update={"expert_dropout": 0.7})  # unchecked: a config refuses it
     torch.testing.assert_close(dropping(x, context(2)).y_BSD, plain(x, context(2)).y_BSD, rtol=0, atol=1e-13)
-
-
-def test_with_fewer_survivors_than_k_everything_stays_finite():
-    layer, x = switchhead(expert_dropout=0.9).train(), normal(2, 5, 6)
-    y = layer(x, context(2)).y_BSD
-    y.sum().backward()
-    assert y.isfinite().all()
-    assert all(value.grad is not None and value.grad.isfinite().all() for value in layer.parameters())
-
-
-def test_expert_masks_do_not_depend_on_the_batch_and_do_on_step_and_depth():
-    layer, x, positions = switchhead(expert_dropout=0.5).train(), normal(4, 5, 6), [9, 2**35, 1, 4]
-    together = layer(x, context(positions)).y_BSD
-    order = [2, 0, 3, 1]
-    shuffled = layer(x[order], context([positions[i] for i in order])).y_BSD
-    torch.testing.assert_close(shuffled, together[order], rtol=0, atol=1e-13)
-    alone = [layer(x[i : i + 1], context(positions[i : i + 1])).y_BSD[0] for i in range(4)]
-    torch.testing.assert_close(torch.stack(alone), together, rtol=0, atol=1e-13)
-    for other in (layer(x, context(positions, step=1)), layer(x, context(positions, depth=1))):
-        assert not torch.allclose(other.y_BSD, together)
 
 
 def test_value_and_output_experts_are_dropped_independently():
@@ -229,11 +201,7 @@ def test_under_bfloat16_autocast_routers_weights_and_gradients_stay_float32():
         plain, narrow = logits.outputs
         assert narrow.dtype == torch.float32
         assert torch.equal(plain, narrow)
-    for value in layer.parameters():
-        assert value.dtype == torch.float32
-        assert value.grad is not None
-        assert value.grad.dtype == torch.float32
-        assert value.grad.isfinite().all()
+    assert_float32_throughout(layer)
 
 
 def test_bfloat16_autocast_is_the_float32_layer_up_to_rounding():

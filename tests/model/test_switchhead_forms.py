@@ -12,8 +12,6 @@ from model.switchhead import GatedAttention, SwitchHead
 from tests.model import by_hand
 from tests.model.build import (
     OPEN,
-    Recorded,
-    Watched,
     context,
     dense_attention,
     gradients_agree,
@@ -25,6 +23,7 @@ from tests.model.build import (
     switchhead_weights,
     with_constant_channel,
 )
+from tests.model.watch import Recorded, Watched
 
 SUBSETS = ["".join(subset) for size in range(1, 5) for subset in itertools.combinations("qkvo", size)]
 each_subset = pytest.mark.parametrize("experts", SUBSETS)

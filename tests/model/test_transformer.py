@@ -20,7 +20,6 @@ from model.transformer import ModelOutput
 from tests.model import by_hand
 from tests.model.build import (
     VOCABULARY,
-    Recorded,
     attention_weights,
     context,
     model_config,
@@ -31,6 +30,7 @@ from tests.model.build import (
     tokens,
     transformer,
 )
+from tests.model.watch import Recorded, assert_float32_throughout
 
 SWITCHHEAD = {"num_heads": 2, "head_dim": 4, "num_experts": 3, "top_k": 2}
 SIGMA_MOE = {"num_experts": 5, "expert_dim": 4, "top_k": 2}
@@ -243,8 +243,4 @@ def test_bfloat16_autocast_keeps_routers_statistics_weights_and_gradients_in_flo
     loss = cross_entropy_sum(output.logits_BSV, rows[:, 1:]) + output.auxiliary_loss
     assert loss.isfinite()
     loss.backward()
-    for value in net.parameters():
-        assert value.dtype == torch.float32
-        assert value.grad is not None
-        assert value.grad.dtype == torch.float32
-        assert value.grad.isfinite().all()
+    assert_float32_throughout(net)

@@ -15,6 +15,7 @@ from benchmarks.gpu.kernel_bench import Bench, Inputs, Work
 from benchmarks.gpu.timing import Machine, Speeds, Times
 from benchmarks.gpu.training import TINY, TINY_DENSE, Result, read
 from data.prepare import main as prepare
+from kernels.traffic import Pass, Traffic
 
 CPU = timing.find_machine(smoke=True)
 
@@ -89,6 +90,13 @@ def test_a_share_is_the_larger_of_two_floors_over_the_median_and_the_ratio_is_ri
         "- bar: square fwd+bwd, share of attainable, at least 50%: met. ten uniform 80%",
         "- bar: square, rival / ours, at least 1.30: met. ten Zipf 1.0 fwd 1.50; ten uniform fwd+bwd 1.50",
     ]
+
+
+def test_the_work_of_both_passes_is_the_sum_of_what_their_launches_move_and_of_their_bounds():
+    forward = Pass({"one": Traffic(3, 4, again=20, asked=900), "two": Traffic(5, 6)}, bound=10)
+    passes = {"forward": forward, "backward": Pass({"three": Traffic(100, 200)}, bound=50)}
+    assert Work.of(7, passes, backward=False) == Work(flops=7, bound=10, own=3 + 4 + 20 + 5 + 6)
+    assert Work.of(9, passes, backward=True) == Work(flops=9, bound=60, own=38 + 300)
 
 
 @pytest.mark.parametrize("size", [10, 26, 1000])

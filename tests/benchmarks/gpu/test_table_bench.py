@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.gpu import table_bench
+from benchmarks.gpu import kernel_bench, table_bench
 from benchmarks.gpu.kernel_bench import Work
 from benchmarks.gpu.table_bench import Layer, Row, choose, few_tokens, routes_of, verdicts
 from benchmarks.gpu.timing import Speeds, Times
@@ -92,8 +92,8 @@ def test_the_bars_are_held_on_uniform_routing_alone() -> None:
 def test_the_command_takes_the_speeds_of_a_gpu_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[float] = []
     monkeypatch.setattr("sys.argv", ["bench", "--peak-tflops", "100", "--bandwidth-gb", "3000"])
-    monkeypatch.setattr(table_bench, "find_machine", lambda *, smoke: Measuring(torch.device("cpu"), "unheard of"))
-    monkeypatch.setattr(table_bench, "why_not_triton", lambda device_type: None)
+    monkeypatch.setattr(kernel_bench, "find_machine", lambda *, smoke: Measuring(torch.device("cpu"), "unheard of"))
+    monkeypatch.setattr(kernel_bench, "why_not_triton", lambda device_type: None)
     monkeypatch.setattr(table_bench, "check", lambda *args, **options: None)
     monkeypatch.setattr(table_bench, "copy_bandwidth", lambda machine: None)
     monkeypatch.setattr(table_bench, "head", lambda *args: given.append(args[3].bandwidth))
