@@ -93,26 +93,26 @@ def _die_with(parent: int) -> None:
 
 
 def _serve(connection: Connection) -> None:
-    state, num_groups = TorchState.read(), _num_gloo_groups()
+    state = TorchState.read()
     while True:
         try:
             request = connection.recv_bytes()
         except (EOFError, OSError):
             os._exit(0)  # the pool is gone; no atexit of torch or DeepSpeed may hold this process back
         torch.manual_seed(0)  # else a job that forgets to seed would depend on the jobs before it
-        answer = _answer(request, num_groups=num_groups)
+        answer = _answer(request)
         state.restore()
         connection.send_bytes(answer)
 
 
-def _answer(request: bytes, *, num_groups: int) -> bytes:
+def _answer(request: bytes) -> bytes:
     """Run one job. Returns the pickle of (True, result) or (False, traceback text)."""
     try:
         job: Job = pickle.loads(request)
         answer = _run(job)
         if not dist.is_initialized():
             raise RuntimeError(f"{job.name} destroyed the process group, which belongs to the pool: let it stand")
-        _drop_groups(job.name, num_groups=num_groups)
+        _drop_groups(job.name)
         return answer
     except BaseException:  # pytest.fail, pytest.skip and sys.exit are no Exceptions, and are failures here too
         return pickle.dumps((False, traceback.format_exc()))
@@ -125,16 +125,16 @@ def _run(job: Job) -> bytes:
     return pickle.dumps((True, result))
 
 
-def _drop_groups(job: str, *, num_groups: int) -> None:
+def _drop_groups(job: str) -> None:
     """Frees the destroyed groups that the job's cycles hold (each of DeepSpeed's engines is in one); no group may be left after that.
 
     A gloo group keeps its threads until the last reference to it is gone, and one of them wakes up a hundred times a second: 115 groups
     were 346 threads, which took a sixth of a core from every test that followed.
     """
-    if _num_gloo_groups() > num_groups:
+    if _num_gloo_groups() > 1:  # the world's
         gc.collect()
         gc.freeze()  # what is alive now mostly stays: the next collection looks at new objects only, 0.1 s in place of 0.8
-    if (left := _num_gloo_groups() - num_groups) > 0:
+    if (left := _num_gloo_groups() - 1) > 0:
         names = sorted(name for group, name in distributed_c10d._world.pg_names.items() if group != dist.group.WORLD)
         why = f"not destroyed: {', '.join(names)}" if names else "destroyed, but something refers to them still"
         raise RuntimeError(

@@ -233,13 +233,13 @@ def test_a_job_without_an_answer_fails_with_the_reason(pool: GetPool) -> None:
 )
 def test_a_job_that_leaves_a_group_alive_fails_by_its_name(pool: GetPool, fate: str, why: str) -> None:
     with pytest.raises(RankError, match=f"make_a_group must leave no process group alive, but it {why}"):
-        pool(1).run(make_a_group, fate)
+        pool(2).run(make_a_group, fate)
 
 
 def test_no_thread_of_a_group_in_a_cycle_outlives_its_job(pool: GetPool) -> None:
-    before = pool(1).run(names_of_threads)
-    pool(1).run(make_a_group, "cycle")
-    assert pool(1).run(names_of_threads) == before
+    before = pool(2).run(names_of_threads)
+    pool(2).run(make_a_group, "cycle")
+    assert pool(2).run(names_of_threads) == before
 
 
 def test_functions_that_workers_cannot_find_are_refused(pool: GetPool) -> None:
