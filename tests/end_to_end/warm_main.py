@@ -27,6 +27,7 @@ MODULES = (
     "parallel.parallelize",
     "parallel.zero",
     "parallel.watchdog",
+    "deepspeed",
     "megatron.core.parallel_state",
 )
 
