@@ -177,8 +177,6 @@ def _environment(rank: int, size: int) -> dict[str, str]:
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "GLOO_SOCKET_IFNAME": "lo",  # the workers share a machine; its host name need not resolve
-        # Pairs connect when they first talk. A mesh has 17 groups and a job some of them: 0.2 s in place of 0.7 for each job on 4 ranks.
-        "TORCH_GLOO_LAZY_INIT": "1",
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),
