@@ -290,3 +290,4 @@ def _groups(parallel_state: Any, ep_size: int, *, timeout_s: float) -> Iterator[
             dist.destroy_process_group(group)
         parallel_state._global_process_group_list = None
         parallel_state.destroy_model_parallel()
+        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None  # the one that it does not even forget

@@ -118,7 +118,11 @@ class ZeroEngine:
         wrapper = self._deepspeed.optimizer
         self.optimizer: torch.optim.Optimizer = wrapper.optimizer if stage > 0 else wrapper
         create_state(self.optimizer)
-        self._check_partition_map()
+        try:
+            self._check_partition_map()
+        except RuntimeError:
+            self.close()  # nobody else can, and DeepSpeed's tables would hold the mesh's groups
+            raise
         self.placement = Placement(self)
 
     def forward(self, tokens_BS: Tensor, context: BatchContext) -> ModelOutput:

@@ -100,10 +100,10 @@ class Pool:
         """Call `function(*args)` on every rank of the initialised world and return the results in rank order.
 
         `function` sits at the top level of a file; arguments and results are pickled (tensors by value). Between jobs
-        only torch's default dtype, threads, determinism, grad mode and seed are put back: groups that a job made stay.
+        only torch's default dtype, threads, determinism, grad mode and seed are put back.
 
-        Raises RankError when a rank raised, died, or was still running after `timeout` seconds; the pool is then
-        killed, and the next job starts a new one.
+        Raises RankError when a rank raised, died, left a gloo group alive, or was still running after `timeout`
+        seconds; the pool is then killed, and the next job starts a new one.
         """
         request = pickle.dumps(Job.of(function, args))
         label = f"{function.__module__}.{function.__qualname__}"

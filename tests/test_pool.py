@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,23 @@ def exit_on(rank: int, *, code: int = 7) -> None:
     if dist.get_rank() == rank:
         os._exit(code)
     dist.barrier()
+
+
+def make_a_group(fate: str) -> None:
+    """kept: never destroyed. held: destroyed, but a global holds it. cycle: destroyed, only a cycle holds it."""
+    group: Any = dist.new_group()
+    dist.barrier(group=group)
+    if fate != "kept":
+        dist.destroy_process_group(group)
+    if fate == "held":
+        globals()["_held"] = group
+    if fate == "cycle":
+        cycle: list[object] = [group]
+        cycle.append(cycle)
+
+
+def num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 def give_a_lambda_or_destroy_the_group() -> Callable[[], None] | None:
@@ -205,6 +223,26 @@ def test_a_worker_killed_between_jobs_is_named_with_its_signal(pool: GetPool) ->
 def test_a_job_without_an_answer_fails_with_the_reason(pool: GetPool) -> None:
     with pytest.raises(RankError, match=r"(?s)rank\(s\) 0, 1\..*pickle.*destroyed the process group"):
         pool(2).run(give_a_lambda_or_destroy_the_group)
+
+
+@pytest.mark.parametrize(
+    ("fate", "why"),
+    [
+        ("kept", r"leaves 1 \(not destroyed: \w+\)"),
+        ("held", r"leaves 1 \(destroyed, but something refers to them still\)"),
+    ],
+)
+def test_a_job_that_leaves_a_group_alive_fails_by_its_name(pool: GetPool, fate: str, why: str) -> None:
+    with pytest.raises(RankError, match=f"make_a_group must leave no process group alive, but it {why}"):
+        pool(2).run(make_a_group, fate)
+
+
+def test_no_thread_of_a_group_in_a_cycle_outlives_its_job(pool: GetPool) -> None:
+    counts = []
+    for _ in range(2):
+        pool(2).run(make_a_group, "cycle")
+        counts.append(pool(2).run(num_threads))
+    assert counts[0] == counts[1]
 
 
 def test_functions_that_workers_cannot_find_are_refused(pool: GetPool) -> None:

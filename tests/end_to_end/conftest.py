@@ -9,7 +9,6 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,7 +23,7 @@ from data.prepare import main as prepare
 if TYPE_CHECKING:
     from tests.end_to_end.drilled_run import Place, Run
     from tests.end_to_end.one_token_each import TokenShards
-    from tests.end_to_end.warm import Warm
+    from tests.end_to_end.warm import Job, Warm
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = ROOT / "launcher" / "main.py"
@@ -131,20 +130,6 @@ class Processes:
         self.running.append(process)
         return process
 
-    def start_ranks(self, count: int, arguments: Sequence[str]) -> None:
-        """launcher/main.py on `count` ranks, as torchrun would start them."""
-        port = free_port()
-        for rank in range(count):
-            self.start(
-                [sys.executable, str(MAIN), *arguments],
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(count),
-                LOCAL_WORLD_SIZE=str(count),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-            )
-
     def wait(self) -> None:
         """All must end with exit code 0."""
         for number, process in enumerate(self.running):
@@ -201,6 +186,22 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Warm"]:
     process = Warm(tmp_path_factory.mktemp("warm"))
     yield process
     process.stop()
+
+
+@pytest.fixture
+def ranks(warm: "Warm", tmp_path: Path) -> Iterator[Callable[..., "Job"]]:
+    """`ranks(count, arguments)` starts launcher/main.py, with what tests.end_to_end.warm.start takes more; ended with the test."""
+    from tests.end_to_end.warm import start
+
+    jobs: list[Job] = []
+
+    def begin(count: int, arguments: Sequence[str], **options: Any) -> "Job":
+        jobs.append(start(warm, arguments, ranks=count, logs=tmp_path / "logs", **options))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.kill()
 
 
 @pytest.fixture(scope="session")

@@ -8,22 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.conftest import MAIN, ConfigFile, Processes, free_port, records
-from tests.end_to_end.warm import Warm, start
+from tests.end_to_end.warm import Job
 
 DEADLINE_S = 120
 FIGURES = ("loss", "auxiliary_loss", "grad_norm", "lr", "position", "routers", "heldout_loss")
 PYTHON = Path(sys.executable)
-
-
-def run_to_the_end(processes: Processes, arguments: list[str], *, ranks: int = 2) -> None:
-    processes.start_ranks(ranks, arguments)
-    processes.wait()
+Ranks = Callable[..., Job]
 
 
 def assert_equal_runs(folder: Path, expected_folder: Path) -> None:
@@ -77,12 +73,12 @@ def wait_until_all_are_gone(launcher: "subprocess.Popen[bytes]", folder: Path) -
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("is_alone", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_deepspeed_and_torchrun_are_killed_and_the_same_run_goes_on(
-    config: ConfigFile, processes: Processes, warm: Warm, tmp_path: Path, is_alone: bool
+    config: ConfigFile, processes: Processes, ranks: Ranks, tmp_path: Path, is_alone: bool
 ):
     """is_alone: the deepspeed command alone gets the signal, as from a user's kill; else all that it started, as from a scheduler."""
     whole, steps = tmp_path / "uninterrupted", 32  # many more than are made until a rank looks for its launcher
     arguments = config.arguments(f"run.steps={steps}")
-    reference = start(warm, [*arguments, "--set", f"run.dir={whole}"], ranks=2, logs=tmp_path / "logs")
+    reference = ranks(2, [*arguments, "--set", f"run.dir={whole}"])
 
     launcher = processes.start(deepspeed(arguments))
     wait_for_step(processes, config.folder, 5)
@@ -101,20 +97,23 @@ def test_deepspeed_and_torchrun_are_killed_and_the_same_run_goes_on(
     assert "resumed from" in processes.log(1)
     assert 8 <= max(records(config.folder)) < steps
 
-    processes.running.clear()
-    run_to_the_end(processes, arguments)
-    assert "resumed from" in (tmp_path / "process_0.log").read_text()
+    last = ranks(2, arguments)
+    last.finish()
+    assert "resumed from" in last.ranks[0].said()
     reference.finish()
     assert sorted(records(whole)) == list(range(1, steps + 1))
     assert_equal_runs(config.folder, whole)
 
 
-def test_the_command_of_a_finished_run_does_nothing_and_more_steps_go_on(config: ConfigFile, processes: Processes):
-    run_to_the_end(processes, config.arguments("parallel.zero_stage=0"), ranks=1)
+def test_the_command_of_a_finished_run_does_nothing_and_more_steps_go_on(config: ConfigFile, ranks: Ranks):
+    def said(*settings: str) -> str:
+        job = ranks(1, config.arguments("parallel.zero_stage=0", *settings))
+        job.finish()
+        return job.ranks[0].said()
+
+    said()
     before = records(config.folder)
-    run_to_the_end(processes, config.arguments("parallel.zero_stage=0"), ranks=1)
-    assert "nothing to do" in processes.log(0)
+    assert "nothing to do" in said()
     assert records(config.folder) == before
-    run_to_the_end(processes, config.arguments("parallel.zero_stage=0", "run.steps=14"), ranks=1)
-    assert "run.steps was 12 and is 14" in processes.log(0)
+    assert "run.steps was 12 and is 14" in said("run.steps=14")
     assert sorted(records(config.folder)) == list(range(1, 15))

@@ -1,29 +1,21 @@
 """Saves behind the steps (and one that a step waits for) on two real ranks: a death, a disk that hangs or is full in the middle of a write.
 Kills: test_kills.py."""
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import ConfigFile, Processes, free_port, records
+from tests.end_to_end.conftest import ConfigFile, records
+from tests.end_to_end.warm import Job
 
 SLOW_DISK = Path(__file__).with_name("slow_disk_main.py")
+Ranks = Callable[..., Job]
 
 
-def start(processes: Processes, arguments: list[str], fault: str, *, step: int, rank: int = 1) -> None:
+def start(ranks: Ranks, arguments: list[str], fault: str, *, step: int, rank: int = 1) -> Job:
     """Two ranks; the fault strikes when `rank` writes the checkpoint of `step`."""
-    port = free_port()
-    for number in range(2):
-        processes.start(
-            [sys.executable, str(SLOW_DISK), fault, str(step), str(rank), *arguments],
-            RANK=str(number),
-            LOCAL_RANK=str(number),
-            WORLD_SIZE="2",
-            LOCAL_WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
+    return ranks(2, [fault, str(step), str(rank), *arguments], script=SLOW_DISK)
 
 
 def checkpoints(config: ConfigFile) -> list[str]:
@@ -31,16 +23,14 @@ def checkpoints(config: ConfigFile) -> list[str]:
     return sorted(path.name for path in (config.folder / "checkpoints").iterdir() if path.name != "lock")
 
 
-def test_a_disk_that_is_full_on_one_rank_is_told_with_the_rank_and_the_run_goes_on(
-    config: ConfigFile, processes: Processes
-):
-    start(processes, config.arguments("checkpoint.every_steps=3"), "full", step=6)
-    processes.wait()
-    said = " ".join(processes.log(0).split())
+def test_a_disk_that_is_full_on_one_rank_is_told_with_the_rank_and_the_run_goes_on(config: ConfigFile, ranks: Ranks):
+    job = start(ranks, config.arguments("checkpoint.every_steps=3"), "full", step=6)
+    job.finish()
+    said = " ".join(job.ranks[0].said().split())
     assert "the checkpoint of step 6 was not written:" in said
     assert "No space left on device" in said
     assert "(rank 1 of 2); failure 1 in a row" in said
-    assert "was not written" not in processes.log(1)
+    assert "was not written" not in job.ranks[1].said()
     failed = [step for step, record in records(config.folder).items() if "failure" in record.get("checkpoint", {})]
     assert len(failed) == 1
     assert 7 <= failed[0] <= 10
@@ -49,19 +39,19 @@ def test_a_disk_that_is_full_on_one_rank_is_told_with_the_rank_and_the_run_goes_
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_disk_that_hangs_ends_the_run_in_limited_time_with_a_sentence(
-    config: ConfigFile, processes: Processes, asynchronous: str
+    config: ConfigFile, ranks: Ranks, asynchronous: str
 ):
     settings = config.arguments("checkpoint.timeout_s=4", f"checkpoint.asynchronous={asynchronous}")
-    start(processes, settings, "hang", step=8)
-    assert [process.wait(60) for process in processes.running] == [1, 1]
-    for rank in range(2):
-        said = processes.log(rank)
+    job = start(ranks, settings, "hang", step=8)
+    assert job.wait(60) == [1, 1]
+    for rank in job.ranks:
+        said = rank.said()
         assert "the checkpoint of step 8 must be written in 4 s, but on rank" in said, said
     assert [name for name in checkpoints(config) if ".partial" not in name] == ["latest", "step_000004"]
 
 
-def test_a_rank_that_dies_during_a_write_does_not_hang_the_other(config: ConfigFile, processes: Processes):
-    start(processes, config.arguments(), "die", step=8)
-    assert [process.wait(60) for process in processes.running] == [1, 9]
-    assert "rank 1" in processes.log(0)
+def test_a_rank_that_dies_during_a_write_does_not_hang_the_other(config: ConfigFile, ranks: Ranks):
+    job = start(ranks, config.arguments(), "die", step=8)
+    assert job.wait(60) == [1, 9]
+    assert "rank 1" in job.ranks[0].said()
     assert not (config.folder / "checkpoints" / "step_000008").exists()

@@ -1,12 +1,14 @@
 """Real processes on several sources, fetched and local, with a damaged shard: any number of them tells the same story."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.end_to_end.conftest import ConfigFile, Processes, records
+from tests.end_to_end.conftest import ConfigFile, records
+from tests.end_to_end.warm import Job
 
 
 @pytest.fixture
@@ -34,14 +36,13 @@ def mixed(config: ConfigFile, shards: Path, tmp_path: Path) -> ConfigFile:
     return ConfigFile(config.path, values)
 
 
-def test_two_processes_and_one_with_readers_tell_the_same(mixed: ConfigFile, processes: Processes, tmp_path: Path):
+def test_two_processes_and_one_with_readers_tell_the_same(mixed: ConfigFile, ranks: Callable[..., Job], tmp_path: Path):
     from launcher.main import main
 
     alone = tmp_path / "alone"
     settings = [f"run.dir={alone}", "parallel.zero_stage=0", "data.num_workers=2"]
     assert main(mixed.arguments(*settings)) == 0
-    processes.start_ranks(2, mixed.arguments())
-    processes.wait()
+    ranks(2, mixed.arguments()).finish()
     one, two = records(alone), records(mixed.folder)
     assert sorted(one) == sorted(two) == list(range(1, 13))
     for step in one:

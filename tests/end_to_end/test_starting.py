@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.conftest import MAIN, ConfigFile, Processes, free_port, records
+from tests.end_to_end.warm import Job
 
 SHORT = ("run.steps=4", "eval.every_steps=4", "optim.warmup_steps=1")
 BIN = Path(sys.executable).parent
@@ -31,11 +33,12 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.timeout(400)  # four starts one after the other: 31 s on idle cores, 150 s where ten others want them
-def test_deepspeed_torchrun_and_plain_python_give_the_same_losses(config: ConfigFile, processes: Processes):
+def test_deepspeed_torchrun_and_plain_python_give_the_same_losses(
+    config: ConfigFile, processes: Processes, ranks: Callable[..., Job]
+):
     folders = {name: config.folder.parent / name for name in ("plain", "deepspeed", "torchrun", "alone")}
 
-    processes.start([sys.executable, str(MAIN), *config.arguments(*SHORT, f"run.dir={folders['alone']}")])
-    processes.wait()  # one process under DeepSpeed: ZeRO 1 of one rank
+    ranks(1, config.arguments(*SHORT, f"run.dir={folders['alone']}")).finish()  # under DeepSpeed: ZeRO 1 of one rank
 
     launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
     processes.start([*launcher, str(MAIN), *config.arguments(*SHORT, f"run.dir={folders['deepspeed']}")])

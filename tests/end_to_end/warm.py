@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from tests.end_to_end.conftest import free_port
+from tests.end_to_end.conftest import MAIN, free_port
 
 WARM_MAIN = Path(__file__).with_name("warm_main.py")
 START_S = 120  # a busy machine needs half a minute for the imports
@@ -75,11 +75,19 @@ class Rank:
             self.code = self.warm.ask({"poll": self.pid})
         return self.code is not None
 
+    def wait(self, seconds: float) -> int | None:
+        """The exit code; None if it has not ended in so many seconds."""
+        deadline = time.monotonic() + seconds
+        while not self.ended() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return self.code
+
     def signal(self, number: int) -> None:
         if not self.ended():  # else its id may belong to somebody else
             os.kill(self.pid, number)
 
     def said(self) -> str:
+        """Its output and errors."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
@@ -92,9 +100,7 @@ class Job:
     def wait(self, seconds: float) -> list[int | None]:
         """The exit codes; None for a rank that has not ended in so many seconds."""
         deadline = time.monotonic() + seconds
-        while not all([rank.ended() for rank in self.ranks]) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        return [rank.code for rank in self.ranks]
+        return [rank.wait(deadline - time.monotonic()) for rank in self.ranks]
 
     def finish(self) -> None:
         """All must end with exit code 0."""
@@ -113,14 +119,16 @@ def start(
     *,
     ranks: int,
     logs: Path,
+    script: Path = MAIN,
+    environment: Mapping[str, str] | None = None,
     faults: Sequence[dict[str, Any] | None] = (),
     file_bytes: int | None = None,
     powerless: bool = False,
 ) -> Job:
     """launcher/main.py on so many ranks, as torchrun would start them.
 
-    faults: of each rank (faults.py). file_bytes: the longest file that a rank may write. powerless: without root's capabilities, so that
-    permissions bind it too.
+    script: what runs main.py in its place, with a fault. environment: variables more. faults: of each rank (faults.py). file_bytes: the
+    longest file that a rank may write. powerless: without root's capabilities, so that permissions bind it too.
     """
     job, port = Job(), free_port()
     logs.mkdir(exist_ok=True)
@@ -129,8 +137,8 @@ def start(
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         request = {
-            "arguments": list(arguments),
-            "environment": {name: str(value) for name, value in place.items()},
+            "command": [str(script), *arguments],
+            "environment": {name: str(value) for name, value in place.items()} | dict(environment or {}),
             "log": str(log),
             "faults": faults[rank] if faults else None,
             "file_bytes": file_bytes,

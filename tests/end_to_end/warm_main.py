@@ -1,8 +1,9 @@
 """launcher/main.py in new processes without the seconds of its imports: a process that has made them all and forks.
 
 Owns the serving: each request is a JSON object through a pipe, each answer too. {"start": {...}} forks a process that becomes a rank (its
-own session, log, variables, time limit, faults) and then runs launcher/main.py as `__main__`; {"poll": pid} gives its exit code, or null.
-Such a rank is killed like any other process. When the pipe closes, all of them are. Called by warm.py.
+own session, log, variables, time limit, faults) and then runs a script as `__main__`, launcher/main.py or one that calls it;
+{"poll": pid} gives its exit code, or null. Such a rank is killed like any other process. When the pipe closes, all of them are. Called by
+warm.py.
 """
 
 import ctypes
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-MAIN = ROOT / "launcher" / "main.py"
 MODULES = (
     "launcher.main",
     "launcher.environment",
@@ -27,6 +27,7 @@ MODULES = (
     "parallel.parallelize",
     "parallel.zero",
     "parallel.watchdog",
+    "deepspeed",
     "megatron.core.parallel_state",
 )
 
@@ -92,7 +93,7 @@ def become_rank(request: dict[str, Any]) -> None:
         from tests.end_to_end.faults import install
 
         install(request["faults"])
-    sys.argv = [str(MAIN), *request["arguments"]]
+    sys.argv = request["command"]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from train.trained import load_run
 
 pytestmark = pytest.mark.usefixtures("torch_as_it_was")
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"expert_backend": "reference"}  # nothing is measured before the first step
 EXPERTS = {"num_experts": 5, "expert_dim": 4, "top_k": 2, "balance": "bias"}
 WITH_BIAS = QUICK | {"sigma_moe": EXPERTS}
@@ -63,7 +60,7 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tmp_path_factory: pytest.TempPathFactory, pool: Any) -> Path:
     """Shards, a run of three steps in `first`, and one of a dense model in `dense`."""
     folder = tmp_path_factory.mktemp("begin")
     write_shards(folder / "shards", seed=1)
@@ -71,9 +68,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_config(folder, run={"dir": str(folder / name)}, model=model, checkpoint={"every_steps": 2}).model_dump()
         for name, model in (("first", WITH_BIAS), ("dense", DENSE))
     ]
-    # in a process of its own, because a run changes torch's switches
-    program = "import sys, json; from tests.train.test_begin import alone; [alone(v) for v in json.load(sys.stdin)]"
-    subprocess.run([sys.executable, "-c", program], input=json.dumps(values), text=True, check=True, cwd=ROOT)
+    for value in values:  # in a pool's process, because a run changes torch's switches
+        pool(1).run(alone, value)
     return folder
 
 

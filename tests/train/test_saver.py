@@ -3,6 +3,7 @@
 The ranks are threads; tests/end_to_end/test_save_behind_steps.py has processes, test_saver_failures.py the writes that fail.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -182,6 +183,15 @@ def test_a_rank_that_waits_too_long_for_a_disk_ends_the_run_with_the_sentence_an
         assert "gloo" not in sentence.lower()
 
 
+@contextlib.contextmanager
+def waits_for_writes() -> Iterator[None]:
+    """In the end no write is on, given up or not: it would hold the groups of its mesh."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(20)
+
+
 def save_on_a_slow_disk(folder: Path) -> str:
     """A rank of a real group; rank 1's file takes three times as long as it may. The sentence with which the steps end."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -195,6 +205,7 @@ def save_on_a_slow_disk(folder: Path) -> str:
         return write(path, parts)
 
     with (
+        waits_for_writes(),
         open_mesh(ALONE.model_copy(update=place), ep_size=1, device=torch.device("cpu")) as mesh,
         mock.patch.object(checkpoint, "write_tensors", slow),
     ):
