@@ -25,6 +25,7 @@ from train.backends import Backends, by_layers, choose_backends, excluded, unmea
 from train.config import Config, Layout
 from train.crash import CrashFile
 from train.engine import Engine, LocalMesh, PlainEngine, World
+from train.manifest import config_digest
 from train.optimizer import build_optimizer, parameter_groups
 from train.works import works_of
 
@@ -194,8 +195,9 @@ def open_world(
         "timeout_s": max(600.0, 2 * watchdog_s),
         "meeting_s": resolve_meeting_s(config.parallel.meeting_s, info),
     }
+    run = f"run.dir {config.run.dir}, config {config_digest(config.model_dump(mode='json'))[:8]}"
     with (
-        open_mesh(info, ep_size=layout.ep_size, node_size=layout.node_size, device=device, **patience) as mesh,
+        open_mesh(info, ep_size=layout.ep_size, node_size=layout.node_size, device=device, **patience, run=run) as mesh,
         crash.watched(),
         watch(mesh, timeout_s=watchdog_s, folder=Path(config.run.dir) / "hang", on_hang=crash.hang),
         contextlib.ExitStack() as engines,
