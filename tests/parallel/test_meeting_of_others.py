@@ -122,7 +122,7 @@ def test_a_run_that_has_met_does_not_mind_that_it_is_started_again():
 
 
 class Wire:
-    """What stands before a store and hands on what is sent to and fro, until it is stopped: then it takes everything and is silent,
+    """What stands before a store and hands on what is sent both ways, until it is stopped: then it takes everything and is silent,
     as the machine of a stopped process does.
     """
 
