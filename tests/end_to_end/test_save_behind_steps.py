@@ -1,12 +1,16 @@
 """Saves behind the steps (and one that a step waits for) on two real ranks: a death, a disk that hangs or is full in the middle of a write.
 Kills: test_kills.py."""
 
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.conftest import ConfigFile, Processes, free_port, records
+from train.manifest import read_manifest
+from train.storage import check_files
 
 SLOW_DISK = Path(__file__).with_name("slow_disk_main.py")
 
@@ -58,6 +62,25 @@ def test_a_disk_that_hangs_ends_the_run_in_limited_time_with_a_sentence(
         said = processes.log(rank)
         assert "the checkpoint of step 8 must be written in 4 s, but on rank" in said, said
     assert [name for name in checkpoints(config) if ".partial" not in name] == ["latest", "step_000004"]
+
+
+def test_ctrl_c_during_a_save_that_the_steps_wait_for_ends_the_run_at_once_and_harms_no_checkpoint(
+    config: ConfigFile, processes: Processes
+):
+    start(processes, config.arguments("checkpoint.asynchronous=false"), "hang", step=8)
+    deadline = time.monotonic() + 60
+    while not (config.folder / "checkpoints" / "step_000008.partial").exists():
+        assert time.monotonic() < deadline, processes.log(0)
+        time.sleep(0.05)
+    time.sleep(0.5)  # rank 1 hangs, and both wait
+    for process in processes.running:
+        process.send_signal(signal.SIGINT)
+    assert [process.wait(15) for process in processes.running] == [-signal.SIGINT] * 2
+    for rank, said in ((0, "error: interrupted: the same"), (1, "error (rank 1): interrupted: the same")):
+        assert processes.log(rank).splitlines()[-1] == f"{said} command goes on from the last whole checkpoint"
+    folder = config.folder / "checkpoints"
+    assert (folder / "latest").read_text().split()[-1].startswith("step_000004")
+    check_files(folder / "step_000004", read_manifest(folder / "step_000004").files, share=0, shares=1)
 
 
 def test_a_rank_that_dies_during_a_write_does_not_hang_the_other(config: ConfigFile, processes: Processes):
