@@ -44,5 +44,14 @@ def test_where_no_expert_moves_that_is_told(capsys, settings: list[str]):
     assert line == "# placement: no expert moves, because no bank's tokens travel to experts that could live elsewhere"
 
 
+def test_tables_stay_where_they_are(capsys):
+    pkm = [f"model.pkm.{key}" for key in ("num_heads=2", "num_keys=8", "top_k=2", "key_dim=8")]
+    tables = ["model.feedforwards=[pkm]", "model.sigma_moe=null", *pkm]
+    (line,) = told(
+        capsys, "parallel.placement_every_steps=50", "parallel.ep_size=4", "parallel.exchange=tokens", *tables
+    )
+    assert "the experts of 8 bank(s) may change places" in line  # those of the mixers
+
+
 def test_without_the_setting_nothing_is_told(capsys):
     assert told(capsys, "parallel.ep_size=4") == []
