@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from launcher.parent import LAUNCHED
 from parallel.config import ProcessInfo
 
 # Starter -> its names of rank, world size, local rank and local world size, and what else it always sets and is read here.
@@ -35,8 +36,6 @@ _VARIABLES = {
         "SLURM_JOB_ID",
     ),
 }
-# Set by torchrun and by deepspeed's launcher, and not by hand: one of them has started this very process.
-LAUNCHED = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}
 _REMEDIES = {
     "srun": "srun, which sets",
     "openmpi": "Open MPI's mpirun, which sets",

@@ -7,6 +7,7 @@ Owns the command line, the exit codes and how an error looks; trains nothing its
 import argparse
 import math
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ PLAN_FLAGS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 the world failed (RuntimeError, OSError), 2 the user must change something (ValueError), 85 ended early by a
-    signal (train/preemption.py).
+    signal (train/preemption.py). Ctrl-C ends the process by that very signal.
     """
     _put_this_clone_first()
     rank = 0
@@ -79,6 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exception(error)
         report(f"{error}: start with .venv/bin/python, which make sets up, or install requirements.lock", rank)
         return 1
+    except KeyboardInterrupt:
+        report("interrupted: the same command goes on from the last whole checkpoint", rank)
+        # As Python would, but at once: its own end waits for a thread that writes a checkpoint, or aborts with it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     return 0
 
 

@@ -3,8 +3,10 @@
 `deepspeed` on one machine is two processes (0.19.8): the command, and below it deepspeed.launcher.launch, which starts the ranks. Only the
 second hands a signal on. The command dies of one without a word, and so does torchrun of kill -9: their ranks would train on, and hold the
 run folder, where nobody looks. So a rank looks at its parent, and under `deepspeed` at that one's. A process whose parent ends has
-another parent from that moment on: no number of a process that is used again can be mistaken. Called by launcher/main.py; knows of
-neither ranks nor training.
+another parent from that moment on: no number of a process that is used again can be mistaken.
+
+Called by launcher/main.py before it imports what takes time, so nothing but Python's own library is imported here: only a launcher that
+ends in the interpreter's own first tenth of a second goes unnoticed. Knows of neither ranks nor training.
 """
 
 import contextlib
@@ -16,10 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
-from launcher.environment import LAUNCHED
-
+# Set by torchrun and by deepspeed's launcher, and not by hand: one of them has started this very process.
+LAUNCHED = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}
 LOOK_S = 0.25  # 0.1 ms each
 
 
@@ -34,8 +34,8 @@ class Launcher:
     def is_gone(self) -> bool:
         if os.getppid() != self.parent:
             return True
-        with contextlib.suppress(psutil.Error):  # the parent has ended since the line above: the next look sees it
-            return self.command is not None and psutil.Process(self.parent).ppid() != self.command
+        with contextlib.suppress(OSError):  # the parent has ended since the line above: the next look sees it
+            return self.command is not None and _parent_of(self.parent) != self.command
         return False
 
 
@@ -67,10 +67,10 @@ def launcher_of(environ: Mapping[str, str]) -> Launcher | None:
         return None
     parent = os.getppid()
     command = None
-    with contextlib.suppress(psutil.Error):
-        above = psutil.Process(parent).parent()
-        if above is not None and is_deepspeed(psutil.Process(parent).cmdline(), above.cmdline()):
-            command = above.pid
+    with contextlib.suppress(OSError):
+        above = _parent_of(parent)
+        if is_deepspeed(_command_line(parent), _command_line(above)):
+            command = above
     return Launcher(parent, command)
 
 
@@ -82,3 +82,13 @@ def is_deepspeed(launch: Sequence[str], command: Sequence[str]) -> bool:
         return False
     words = [word for word in command[1:] if not word.startswith("-")]
     return bool(words) and Path(words[0]).name in ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
+
+
+def _parent_of(process: int) -> int:
+    """OSError where there is no such process, or none that this one may see."""
+    stat = Path(f"/proc/{process}/stat").read_text(errors="replace")  # 12 (a name (of any letters)) S 11 ...
+    return int(stat.rpartition(")")[2].split()[1])
+
+
+def _command_line(process: int) -> list[str]:
+    return Path(f"/proc/{process}/cmdline").read_text(errors="replace").split("\0")[:-1]

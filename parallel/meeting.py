@@ -1,15 +1,22 @@
-"""Where the processes of a run meet: each says that it is there, and waits a limited time for the others.
+"""Where the processes of a run meet: each says who it is and that it is there, and waits a limited time for the others.
 
-Owns the store by which the process groups are made, and the sentence about who never came. Makes no group: parallel/mesh.py, the only
-caller, does, when all are there. torch alone would wait inside the making of the store and could not say for whom. Not under torchrun: it
-has a rendezvous of its own, notices itself which of its processes died, and starts all again, each of its agents with a count of its own
-for that; so nothing here could tell one such start from the next.
+Owns the store by which the process groups are made, and the sentences about who never came, who does not belong there and a rank 0 that
+is stopped. Makes no group: parallel/mesh.py, the only caller, does, when all are there. torch alone would wait inside the making of the
+store and could not say for whom, would take a process of another run for one of this, and waits without a limit for a stopped rank 0.
+Not under torchrun: it has a rendezvous of its own, notices itself which of its processes died, and starts all again, each of its agents
+with a count of its own for that; so nothing here could tell one such start from the next.
 """
 
+import json
+import logging
+import os
 import socket
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -17,65 +24,199 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from parallel.config import ProcessInfo
 
+logger = logging.getLogger(__name__)
+
 # The key that ends the waiting of all ranks. Its value is _MET, or the sentence of the first rank that has waited long enough: whoever is
 # first decides for all.
 _END, _MET = "end", "met"
+_KEEPER, _STRANGER = "keeper", "stranger"  # the card of rank 0; the sentence about the first process of another run
 LOOK_S = 1.0  # between two looks at most: 4,096 ranks ask the store 4,096 times a second
 LEAVE_S = 5.0  # how long who keeps the store stays for the others to hear the sentence
 
 
-def meet(info: ProcessInfo, *, within_s: float) -> Store:
-    """The store of the run, when every rank has come to it. within_s: seconds that this rank waits for the others.
+@dataclass(frozen=True)
+class Card:
+    """Who has come. run: see `meet`."""
+
+    run: str
+    rank: int
+    host: str
+    pid: int
+
+    @property
+    def process(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    def __str__(self) -> str:
+        return f"{self.process} is rank {self.rank} of {self.run}"
+
+
+def meet(info: ProcessInfo, *, run: str, within_s: float) -> Store:
+    """The store of the run, when every rank has come to it.
+
+    run: what all its processes, and none of another run, say of it before they have talked, in words that a user knows again. within_s:
+    seconds that this rank waits for the others, and for an answer of the store.
 
     Raises:
-        RuntimeError: on every rank that came: a rank is missing, names which; or the store cannot be opened, reached, or is gone.
+        RuntimeError: on every rank that came: a rank is missing, names which; a rank is there twice; the store cannot be opened, reached,
+            is gone or is silent. On a process of another run, which must not be here: names both; the run that is here goes on.
     """
-    store = _open(info, within_s)
-    table = PrefixStore("meeting", store)
-    try:
-        table.set(f"rank/{info.rank}", info.node or socket.gethostname())
-        if table.add("arrived", 1) == info.world_size:
-            table.compare_set(_END, "", _MET)
-        end = _wait(table, within_s) or _give_up(table, info, within_s)
-        if end != _MET:
-            table.add("heard", 1)
-        if end != _MET and info.rank == 0:
-            _stay_for_others(table)
-    except dist.DistNetworkError as error:
-        raise RuntimeError(
-            f"all {info.world_size} ranks must meet, but rank 0, which keeps the store, at {_place(info)}, went away before: see what it "
-            "has printed"
-        ) from error
-    if end != _MET:
-        raise RuntimeError(end)
-    return PrefixStore("default_pg", store)
+    meeting = _Meeting(info, run, within_s)
+    met: Future[Store] = Future()
+
+    def hold() -> None:
+        try:
+            met.set_result(meeting.hold())
+        except Exception as error:
+            met.set_exception(error)
+
+    # Of a stopped rank 0 the calls of the store wait without a limit, and nothing breaks them off: such a thread is left behind.
+    thread = threading.Thread(target=hold, name="meeting", daemon=True)
+    thread.start()
+    while thread.is_alive() and (left := meeting.answered + within_s + LEAVE_S - time.monotonic()) > 0:
+        thread.join(left)
+    if thread.is_alive():
+        raise RuntimeError(meeting.silence())
+    return met.result()
 
 
-def _open(info: ProcessInfo, within_s: float) -> Store:
-    """A connection to the store; on rank 0 the store itself."""
-    try:
-        if info.rank > 0:
-            _reach(info.master_addr, info.master_port, within_s)
-        return TCPStore(
-            info.master_addr,
-            info.master_port,
-            info.world_size,
-            is_master=info.rank == 0,
-            timeout=timedelta(seconds=within_s),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except (OSError, dist.DistError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        if info.rank == 0:
+class _Meeting:
+    """One rank's part. answered: when somebody was last heard at the other end. keeper: rank 0, once its card was read."""
+
+    def __init__(self, info: ProcessInfo, run: str, within_s: float) -> None:
+        self.info, self.within_s = info, within_s
+        step = f", SLURM step {info.job}.{info.step}, start {info.restarts + 1}" if info.launcher == "srun" else ""
+        named = f"{run}, {info.world_size} processes{step}"
+        self.mine = Card(named, info.rank, info.node or socket.gethostname(), os.getpid())
+        self.place = f"{info.master_addr}:{info.master_port}"
+        self.answered = time.monotonic()
+        self.keeper: Card | None = None
+
+    def hold(self) -> Store:
+        """See `meet`."""
+        store = self._open()
+        table = PrefixStore("meeting", store)
+        try:
+            self._enter(table)
+            if table.add("arrived", 1) == self.info.world_size:
+                table.compare_set(_END, "", _MET)
+            end = self._wait(table, _END, self.within_s) or self._give_up(table)
+            if end != _MET:
+                table.add("heard", 1)
+            if end != _MET and self.info.rank == 0:
+                _stay_for_others(table)
+        except dist.DistNetworkError as error:
             raise RuntimeError(
-                f"rank 0 must open the run's store at {_place(info)}, but cannot ({reason}): another run may have the port, set "
-                "MASTER_PORT (deepspeed: --master_port) to a free one"
+                f"all {self.info.world_size} ranks must meet, but {self._rank_zero()}, went away before: see what it has printed"
             ) from error
-        raise RuntimeError(
-            f"all {info.world_size} ranks must meet at {_place(info)} within {within_s:g} s (parallel.meeting_s), but rank 0, which keeps "
-            f"the store, is not there ({reason}): see what it has printed, or raise parallel.meeting_s if it only starts slowly"
-        ) from error
+        if end != _MET:
+            raise RuntimeError(end)
+        return PrefixStore("default_pg", store)
+
+    def silence(self) -> str:
+        """The sentence about a store that does not answer."""
+        return (
+            f"all {self.info.world_size} ranks must meet, but {self._rank_zero()}, has not answered for {self.within_s + LEAVE_S:g} s "
+            "(parallel.meeting_s): it is stopped, its machine is gone, or another program has the port; end it and start all again"
+        )
+
+    def _open(self) -> Store:
+        """A connection to the store; on rank 0 the store itself."""
+        info = self.info
+        try:
+            if info.rank > 0:
+                _reach(info.master_addr, info.master_port, self.within_s)
+                self.answered = time.monotonic()
+            return TCPStore(
+                info.master_addr,
+                info.master_port,
+                info.world_size,
+                is_master=info.rank == 0,
+                timeout=timedelta(seconds=self.within_s),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except (OSError, dist.DistError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            if info.rank == 0:
+                raise RuntimeError(
+                    f"rank 0 must open the run's store at {self.place}, but cannot ({reason}): another run may have the port, set "
+                    "MASTER_PORT (deepspeed: --master_port) to a free one"
+                ) from error
+            raise RuntimeError(self._nobody(reason)) from error
+
+    def _enter(self, table: Store) -> None:
+        """Leaves this rank's card; first it must be the run of rank 0, and the rank's place be empty. RuntimeError where it is not."""
+        text = json.dumps(asdict(self.mine))
+        if self.info.rank == 0:
+            table.compare_set(_KEEPER, "", text)  # a rank 0 elsewhere with this address may have been here first
+        keeper = self._wait(table, _KEEPER, self.within_s)
+        if keeper is None:
+            raise RuntimeError(self._nobody("who listens there keeps no store of a run"))
+        self.keeper = Card(**json.loads(keeper))
+        if self.keeper.run != self.mine.run:
+            sentence = (
+                f"only processes of one run may meet at {self.place}, but {self.mine} and {self.keeper}: if these are two runs, set "
+                "MASTER_PORT (deepspeed: --master_port) to another port for one of them, else give all processes the same config"
+            )
+            table.compare_set(_STRANGER, "", sentence)
+            raise RuntimeError(sentence)
+        other = table.compare_set(f"rank/{self.info.rank}", "", text).decode()
+        if other != text:
+            sentence = (
+                f"each rank must come once to {self.place}, but {self.mine}, and so is {Card(**json.loads(other)).process}: the run was "
+                "started twice, end one of the two"
+            )
+            # nobody can know which of the two belongs to the others; a run that has met goes on
+            table.compare_set(_END, "", sentence)
+            raise RuntimeError(sentence)
+
+    def _wait(self, table: Store, key: str, seconds: float) -> str | None:
+        """The value of the key, once it is there; None if it does not come in so many seconds. Rank 0 tells of strangers meanwhile."""
+        began, has_told = time.monotonic(), False
+        # not Store.wait, which prints two lines of C++ at its limit and answers no signal
+        while not table.check([key]):
+            self.answered = time.monotonic()
+            if self.info.rank == 0 and not has_told and table.check([_STRANGER]):
+                logger.warning("%s; this run goes on waiting for its own", table.get(_STRANGER).decode())
+                has_told = True
+            waited = time.monotonic() - began
+            if waited > seconds:
+                return None
+            time.sleep(min(max(waited / 10, 0.02), LOOK_S))
+        return table.get(key).decode()
+
+    def _give_up(self, table: Store) -> str:
+        """Ends the waiting of all with a sentence, unless another rank has ended it meanwhile; gives what ended it."""
+        if table.add("late", 1) > 1:  # one rank asks for all: 4,096 ranks would each look for 4,096
+            end = self._wait(table, _END, LEAVE_S)
+            if end is not None:
+                return end
+        size = self.info.world_size
+        cards = {rank: table.get(f"rank/{rank}") for rank in range(size) if table.check([f"rank/{rank}"])}
+        ranks_of: dict[str, list[int]] = defaultdict(list)
+        for rank, card in cards.items():
+            ranks_of[Card(**json.loads(card)).host].append(rank)
+        hosts = ", ".join(f"{_named(ranks)} on {host}" for host, ranks in ranks_of.items())
+        missing = set(range(size)) - cards.keys()
+        what = f"{_named(missing)} never came; there were" if missing else "the last came too late; there are now"
+        stranger = f"; besides, {table.get(_STRANGER).decode()}" if table.check([_STRANGER]) else ""
+        sentence = (
+            f"all {size} ranks must meet at {self.place} within {self.within_s:g} s (parallel.meeting_s), but {what} {hosts}: see what "
+            f"the missing have printed, or raise parallel.meeting_s if they only start slowly{stranger}"
+        )
+        table.compare_set(_END, "", sentence)
+        return table.get(_END).decode()
+
+    def _nobody(self, reason: str) -> str:
+        return (
+            f"all {self.info.world_size} ranks must meet at {self.place} within {self.within_s:g} s (parallel.meeting_s), but rank 0, "
+            f"which keeps the store, is not there ({reason}): see what it has printed, or raise parallel.meeting_s if it only starts slowly"
+        )
+
+    def _rank_zero(self) -> str:
+        host = "" if self.keeper is None else f" ({self.keeper.process})"
+        return f"rank 0, which keeps the store, at {self.place}{host}"
 
 
 def _reach(address: str, port: int, within_s: float) -> None:
@@ -95,40 +236,6 @@ def _reach(address: str, port: int, within_s: float) -> None:
             time.sleep(0.1)
 
 
-def _wait(table: Store, seconds: float) -> str | None:
-    """What ended the waiting; None if nothing did in so many seconds."""
-    began = time.monotonic()
-    while not table.check([_END]):  # not Store.wait, which prints two lines of C++ at its limit and answers no signal
-        waited = time.monotonic() - began
-        if waited > seconds:
-            return None
-        time.sleep(min(max(waited / 10, 0.02), LOOK_S))
-    return table.get(_END).decode()
-
-
-def _give_up(table: Store, info: ProcessInfo, within_s: float) -> str:
-    """Ends the waiting of all with a sentence, unless another rank has ended it meanwhile; gives what ended it."""
-    if table.add("late", 1) > 1:  # one rank asks for all: 4,096 ranks would each look for 4,096
-        end = _wait(table, LEAVE_S)
-        if end is not None:
-            return end
-    there = {
-        rank: table.get(f"rank/{rank}").decode() for rank in range(info.world_size) if table.check([f"rank/{rank}"])
-    }
-    ranks_of: dict[str, list[int]] = defaultdict(list)
-    for rank, host in there.items():
-        ranks_of[host].append(rank)
-    hosts = ", ".join(f"{_named(ranks)} on {host}" for host, ranks in ranks_of.items())
-    missing = set(range(info.world_size)) - there.keys()
-    what = f"{_named(missing)} never came; there were" if missing else "the last came too late; there are now"
-    sentence = (
-        f"all {info.world_size} ranks must meet at {_place(info)} within {within_s:g} s (parallel.meeting_s), but {what} {hosts}: see what "
-        "the missing have printed, or raise parallel.meeting_s if they only start slowly"
-    )
-    table.compare_set(_END, "", sentence)
-    return table.get(_END).decode()
-
-
 def _stay_for_others(table: Store) -> None:
     """The store ends with this process: first every rank that came has read why."""
     deadline = time.monotonic() + LEAVE_S
@@ -146,7 +253,3 @@ def _named(ranks: Iterable[int]) -> str:
             runs.append([rank])
     texts = [" to ".join(map(str, run)) for run in runs]
     return f"rank{'s' if len(texts) > 1 or 'to' in texts[0] else ''} {', '.join(texts)}"
-
-
-def _place(info: ProcessInfo) -> str:
-    return f"{info.master_addr}:{info.master_port}"

@@ -166,16 +166,18 @@ def open_mesh(
     node_size: int | None = None,
     timeout_s: float = 600.0,
     meeting_s: float = 600.0,
+    run: str = "a run",
 ) -> Iterator[Mesh]:
     """Joins the processes of the run and leaves them again.
 
     node_size: processes with fast links between them, consecutive ranks (None: all). A collective that waits longer than `timeout_s`
     seconds for a rank fails with an error instead of waiting for ever (some groups in whole minutes, rounded up). meeting_s: seconds
-    that a rank waits for the others to come at all; torchrun has a limit of its own for that.
+    that a rank waits for the others to come at all; torchrun has a limit of its own for that. run: what tells it from others, see
+    parallel/meeting.py.
 
     Raises:
         ValueError: ep_size is above node_size and not a multiple of it, or the ranks were given different sizes.
-        RuntimeError: a rank did not come in time; names which.
+        RuntimeError: a rank did not come in time, names which; or a rank of another run came.
     """
     node_size = node_size or info.world_size
     check_nodes(ep_size=ep_size, node_size=node_size)
@@ -185,7 +187,7 @@ def open_mesh(
         place = {"RANK": info.rank, "WORLD_SIZE": info.world_size, "LOCAL_RANK": info.local_rank}
         place |= {"MASTER_ADDR": info.master_addr, "MASTER_PORT": info.master_port}
         os.environ |= {name: str(value) for name, value in place.items()}  # torch and DeepSpeed read them there
-        store = _open_store(info, meeting_s=meeting_s)
+        store = _open_store(info, run=run, meeting_s=meeting_s)
         if store is not None:
             store.set_timeout(timedelta(seconds=timeout_s))
         dist.init_process_group(
@@ -261,11 +263,11 @@ def _node_groups(
             dist.destroy_process_group(group)
 
 
-def _open_store(info: ProcessInfo, *, meeting_s: float) -> Store | None:
+def _open_store(info: ProcessInfo, *, run: str, meeting_s: float) -> Store | None:
     """None: torch opens the one that torchrun names."""
     if info.world_size == 1:
         return HashStore()  # needs no port
-    return None if "TORCHELASTIC_RUN_ID" in os.environ else meet(info, within_s=meeting_s)
+    return None if "TORCHELASTIC_RUN_ID" in os.environ else meet(info, run=run, within_s=meeting_s)
 
 
 def _import_parallel_state() -> Any:

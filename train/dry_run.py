@@ -183,6 +183,7 @@ def forecast_lines(config: Config, found: Forecast, plan: Plan) -> list[str]:
         *_step_lines(found, hardware),
         *_memory_lines(found.prediction.memory),
         *_save_lines(config, found, plan.disk_gb),
+        *_placement_lines(config.parallel.placement_every_steps, found),
     ]
 
 
@@ -255,4 +256,22 @@ def _save_lines(config: Config, found: Forecast, disk_gb: float) -> list[str]:
     return [
         f"checkpoint: {gigabytes:.3f} GB per rank at most; {gigabytes / disk_gb:.3f} s to write at {disk_gb:g} GB/s and as long to read "
         f"back where that is not from memory, {2 * gigabytes / SHA256_GB:.3f} s for SHA-256 of both; {kept}"
+    ]
+
+
+def _placement_lines(every: int | None, found: Forecast) -> list[str]:
+    """Whose experts may move (parallel/placement.py), and what that sends if all do. What it brings is the routing's to say."""
+    if every is None:
+        return []
+    topology, state, exchanges = found.topology, found.state, found.work.exchanges
+    banks = [bank for bank in found.work.banks if topology.ep_size > 1 and not bank.shape.is_table]
+    banks = [bank for bank in banks if exchanges[bank.path].mode == "tokens"]
+    if not banks:
+        return ["placement: no expert moves, because no bank's tokens travel to experts that could live elsewhere"]
+    copies = topology.data_size if state.zero_stage == 0 else 1  # each expert group then sends all of it inside itself
+    numel = sum(bank.shape.num_groups * bank.shape.group_numel for bank in banks)
+    size = FLOAT_BYTES * (1 + state.moments) * numel * copies / topology.processes
+    return [
+        f"placement: every {every} steps the experts of {len(banks)} bank(s) may change places, at most {size:,.0f} bytes "
+        "that a rank sends (mean over ranks), which no step counts; all above is for an even routing, which needs none"
     ]

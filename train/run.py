@@ -40,7 +40,7 @@ from train.run_lock import hold_together
 from train.saver import Saver, open_saver
 from train.step import StepResult, train_step
 from train.stragglers import Spent, Stragglers
-from train.together import on_rank_zero
+from train.together import on_every_rank, on_rank_zero
 from train.watch import after
 
 Ending = Literal["done", "preempted"]
@@ -85,7 +85,8 @@ def run(config: Config, info: ProcessInfo, preemption: Preemption | None = None)
             memory = build_memory(config, world)
             job = Job(config, layout, data, world, engine, memory, reporter, saver, crash, preemption or Preemption())
             start = restore(job)
-            batches = job.train_batches(start.position, passed_over=start.damaged)
+            # what each rank has found damaged itself counts too: one may be beyond the limit alone
+            batches = on_every_rank(world, lambda: job.train_batches(start.position, passed_over=start.damaged))
             world.barrier()  # every rank has read the run folder, and nothing was refused, before rank 0 writes into it
             on_rank_zero(world, lambda: write_folder(config, shards=data.train.folder))
             on_rank_zero(world, lambda: (backends.write(folder), clear(folder, begins_anew=start.step == 0)))

@@ -212,7 +212,8 @@ class Saver:
     def close(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Waits for the write, without a word to other ranks: they may be elsewhere. After an error at most `patience_s` seconds."""
+        """Waits for the write, without a word to other ranks: they may be elsewhere. After an error at most `patience_s` seconds,
+        after Ctrl-C one."""
         write, self._write = self._write, None
         if write is not None:
             write.wait(0.0)
@@ -224,7 +225,8 @@ class Saver:
     def _wait_at_end(self, write: Write, error: BaseException | None) -> None:
         limit = write.left_s
         if error is not None:
-            limit = min(limit, self._patience_s)
+            # Ctrl-C: somebody waits; what is written stays aside, where the next start removes it
+            limit = min(limit, self._patience_s if isinstance(error, Exception) else QUIET_S)
         write.wait(min(limit, QUIET_S))
         if write.is_on and limit > QUIET_S:
             # the reason first: should the process be ended while it waits, it is on the console

@@ -7,6 +7,7 @@ Called by test_save_behind_steps.py. FAULT, when RANK writes its file of the che
 import errno
 import os
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ def main() -> None:
     fault, step, rank = sys.argv[1:4]
     sys.argv = [str(ROOT / "launcher" / "main.py"), *sys.argv[4:]]
     sys.path.insert(0, str(ROOT))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell began the tests in the background
     if os.environ["RANK"] == rank:
         from train import storage
 

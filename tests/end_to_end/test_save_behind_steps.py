@@ -1,6 +1,8 @@
 """Saves behind the steps (and one that a step waits for) on two real ranks: a death, a disk that hangs or is full in the middle of a write.
 Kills: test_kills.py."""
 
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import pytest
 
 from tests.end_to_end.conftest import ConfigFile, records
 from tests.end_to_end.warm import Job
+from train.manifest import read_manifest
+from train.storage import check_files
 
 SLOW_DISK = Path(__file__).with_name("slow_disk_main.py")
 Ranks = Callable[..., Job]
@@ -48,6 +52,27 @@ def test_a_disk_that_hangs_ends_the_run_in_limited_time_with_a_sentence(
         said = rank.said()
         assert "the checkpoint of step 8 must be written in 4 s, but on rank" in said, said
     assert [name for name in checkpoints(config) if ".partial" not in name] == ["latest", "step_000004"]
+
+
+def test_ctrl_c_during_a_save_that_the_steps_wait_for_ends_the_run_at_once_and_harms_no_checkpoint(
+    config: ConfigFile, ranks: Ranks
+):
+    job = start(ranks, config.arguments("checkpoint.asynchronous=false"), "hang", step=8)
+    deadline = time.monotonic() + 60
+    while not (config.folder / "checkpoints" / "step_000008.partial").exists():
+        assert time.monotonic() < deadline, job.ranks[0].said()
+        time.sleep(0.05)
+    time.sleep(0.5)  # rank 1 hangs, and both wait
+    for rank in job.ranks:
+        rank.signal(signal.SIGINT)
+    assert job.wait(15) == [-signal.SIGINT] * 2
+    for rank, said in zip(
+        job.ranks, ("error: interrupted: the same", "error (rank 1): interrupted: the same"), strict=True
+    ):
+        assert rank.said().splitlines()[-1] == f"{said} command goes on from the last whole checkpoint"
+    folder = config.folder / "checkpoints"
+    assert (folder / "latest").read_text().split()[-1].startswith("step_000004")
+    check_files(folder / "step_000004", read_manifest(folder / "step_000004").files, share=0, shares=1)
 
 
 def test_a_rank_that_dies_during_a_write_does_not_hang_the_other(config: ConfigFile, ranks: Ranks):

@@ -36,18 +36,28 @@ LAUNCH = "deepspeed.launcher.launch"
 LONG_S = 1.0  # twenty looks
 
 
+SLOW_IMPORT = """
+import pathlib, time
+pathlib.Path("ready").touch()
+time.sleep(30)
+"""
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., tuple[int, int]]]:
     """`start(name, **environment)`: a command of this name, that starts `launch`, that starts the rank; the ids of the first two."""
     running: list[subprocess.Popen[bytes]] = []
 
-    def chain(name: str, **environment: str) -> tuple[int, int]:
+    def chain(name: str, *, rank: str = RANK, **environment: str) -> tuple[int, int]:
         for script in (name, LAUNCH):
             (tmp_path / script).write_text(STARTER)
-        (tmp_path / "rank").write_text(RANK)
+        (tmp_path / "rank").write_text(rank)
         clean = {key: value for key, value in os.environ.items() if key not in ("CROSS_SIZE", "TORCHELASTIC_RUN_ID")}
         command = [sys.executable, name, LAUNCH, "rank"]
-        process = subprocess.Popen(command, cwd=tmp_path, env=clean | environment, start_new_session=True)
+        with (tmp_path / "said").open("wb") as said:
+            process = subprocess.Popen(
+                command, cwd=tmp_path, env=clean | environment, stderr=said, start_new_session=True
+            )
         running.append(process)
         wait_for(tmp_path / "ready")
         (launch,) = psutil.Process(process.pid).children()
@@ -80,6 +90,18 @@ def test_the_end_of_the_process_that_has_started_the_ranks_is_told(start, tmp_pa
     _, launch = start("anything", **{variable: "1"})
     os.kill(launch, signal.SIGKILL)
     wait_for(tmp_path / "told")
+
+
+@pytest.mark.parametrize("ends", [0, 1])
+def test_a_launcher_that_ends_while_the_first_imports_go_on_is_noticed(start, tmp_path: Path, ends: int):
+    """They wait in pydantic here, the first package that is imported and not Python's own."""
+    (tmp_path / "pydantic.py").write_text(SLOW_IMPORT)
+    main = f"import runpy; runpy.run_path({str(ROOT / 'launcher' / 'main.py')!r}, run_name='__main__')"
+    os.kill(start("deepspeed", rank=main, CROSS_SIZE="1", PYTHONPATH=str(tmp_path))[ends], signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while "the launcher has ended: so does the run" not in (tmp_path / "said").read_text():
+        assert time.monotonic() < deadline, (tmp_path / "said").read_text()
+        time.sleep(0.05)
 
 
 def test_a_shell_above_the_launcher_may_end(start, tmp_path: Path):

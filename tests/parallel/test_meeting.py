@@ -1,50 +1,22 @@
-"""Who comes to the meeting of a run, who is missed, and how long that takes. The ranks are threads; two processes: test_starting.py."""
+"""Who comes to the meeting of a run, who is missed, and how long that takes. The ranks are threads; two processes: test_starting.py.
+
+Who does not belong there, and a store that falls silent: test_meeting_of_others.py.
+"""
 
 import gc
 import socket
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
 
 import pytest
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from parallel.config import ParallelConfig, ProcessInfo, resolve_meeting_s
+from parallel.config import ParallelConfig, resolve_meeting_s
 from parallel.meeting import _named, meet
 from parallel.mesh import _open_store
-
-WITHIN_S = 1.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def process(rank: int, size: int, port: int) -> ProcessInfo:
-    return ProcessInfo(
-        rank=rank,
-        world_size=size,
-        local_rank=0,
-        local_world_size=1,
-        master_addr="127.0.0.1",
-        master_port=port,
-        launcher="test",
-        node=f"node{rank // 2}",
-    )
-
-
-def together(ranks: Sequence[int], size: int, *, port: int | None = None, within_s: float = WITHIN_S) -> list[Any]:
-    """What `meet` gave or raised on each of these ranks of so many, which come at once."""
-    port = port or free_port()
-    with ThreadPoolExecutor(len(ranks)) as threads:
-        futures: list[Future[Store]] = [
-            threads.submit(meet, process(rank, size, port), within_s=within_s) for rank in ranks
-        ]
-    return [future.exception() or future.result() for future in futures]
+from tests.parallel.comers import RUN, WITHIN_S, card, free_port, process, together
 
 
 def test_ranks_that_have_all_come_share_a_store_at_once():
@@ -76,8 +48,8 @@ def test_who_never_came_is_named_on_every_rank_that_did_with_their_hosts(came, m
 def test_who_would_wait_longer_hears_the_sentence_of_who_waited_first():
     port = free_port()
     with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(meet, process(0, 3, port), within_s=WITHIN_S)
-        second = threads.submit(meet, process(1, 3, port), within_s=10 * WITHIN_S)
+        first = threads.submit(meet, process(0, 3, port), run=RUN, within_s=WITHIN_S)
+        second = threads.submit(meet, process(1, 3, port), run=RUN, within_s=10 * WITHIN_S)
         began = time.monotonic()
         said = {str(future.exception()) for future in (first, second)}
     assert time.monotonic() - began < WITHIN_S + 3
@@ -98,8 +70,9 @@ def test_rank_zero_that_never_comes_is_named():
 def test_rank_zero_that_goes_away_ends_the_waiting_of_the_others():
     port = free_port()
     store = TCPStore("127.0.0.1", port, 3, True, timedelta(seconds=5), wait_for_workers=False)
+    store.set("meeting/keeper", card(0, 3))
     with ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(meet, process(1, 3, port), within_s=60)
+        waiting = threads.submit(meet, process(1, 3, port), run=RUN, within_s=60)
         deadline = time.monotonic() + 10
         while not store.check(["meeting/rank/1"]) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -107,9 +80,8 @@ def test_rank_zero_that_goes_away_ends_the_waiting_of_the_others():
         gc.collect()
         error = waiting.exception(20)
     assert isinstance(error, RuntimeError)
-    assert f"rank 0, which keeps the store, at 127.0.0.1:{port}, went away before: see what it has printed" in str(
-        error
-    )
+    there = f"rank 0, which keeps the store, at 127.0.0.1:{port} (process 7 on node9)"
+    assert f"{there}, went away before: see what it has printed" in str(error)
 
 
 def test_a_port_that_is_taken_is_told_with_what_to_set():
@@ -128,7 +100,7 @@ def test_who_came_while_the_limit_ran_out_is_no_reason_for_a_traceback(monkeypat
 
     def slowly(store: PrefixStore, key: str, amount: int) -> int:
         if key == "late":
-            store.set("rank/1", "node9")
+            store.set("rank/1", card(1, 2))
         return add(store, key, amount)
 
     monkeypatch.setattr(PrefixStore, "add", slowly)
@@ -140,7 +112,7 @@ def test_who_came_while_the_limit_ran_out_is_no_reason_for_a_traceback(monkeypat
 def test_torchrun_has_a_meeting_of_its_own(monkeypatch: pytest.MonkeyPatch):
     """Its agents count their restarts each for itself: of two machines one may begin its second start and the other its first."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
-    assert _open_store(process(0, 2, free_port()), meeting_s=WITHIN_S) is None
+    assert _open_store(process(0, 2, free_port()), run=RUN, meeting_s=WITHIN_S) is None
 
 
 @pytest.mark.parametrize(

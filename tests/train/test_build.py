@@ -1,13 +1,20 @@
 """What a process is before the model: deterministic, with a number of threads that the run fixes."""
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from parallel.config import ProcessInfo
 from tests.train.tiny_job import ALONE, tiny_config
-from train.build import set_up_torch
+from train.build import open_world, set_up_torch
+from train.config import Config, Layout
+from train.crash import CrashFile
+from train.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -54,3 +61,52 @@ def test_a_number_of_threads_that_the_user_gave_is_kept(config, monkeypatch):
     torch.set_num_threads(2)
     set_up_torch(config, ALONE)
     assert torch.get_num_threads() == 2
+
+
+def entered(config: Config) -> contextlib.AbstractContextManager[Any]:
+    """The world of the first of two processes."""
+    info, layout = ranks_on_a_node(2), Layout(ep_size=1, node_size=2)
+    crash = CrashFile(RunFolder(Path(config.run.dir)), info)
+    return open_world(config, info, layout, device=torch.device("cpu"), crash=crash)
+
+
+def test_a_run_is_told_from_others_by_its_folder_and_every_setting(config, monkeypatch: pytest.MonkeyPatch):
+    named = []
+
+    def open_mesh(info: ProcessInfo, *, run: str, **settings: Any) -> None:
+        named.append(run)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("parallel.mesh.open_mesh", open_mesh)
+    changes: tuple[dict[str, dict[str, Any]], ...] = ({}, {}, {"run": {"dir": "elsewhere"}}, {"optim": {"lr": 0.125}})
+    for change in changes:
+        ours = config.model_copy(
+            update={key: getattr(config, key).model_copy(update=new) for key, new in change.items()}
+        )
+        with pytest.raises(RuntimeError, match="far enough"), entered(ours):
+            pass
+    first, same, elsewhere, faster = named
+    assert first == same
+    assert len({first, elsewhere, faster}) == 3
+    assert first.startswith(f"run.dir {config.run.dir}, config ")
+    assert elsewhere.startswith("run.dir elsewhere, config ")
+
+
+def test_only_the_start_has_a_limit_and_all_of_it(config, monkeypatch: pytest.MonkeyPatch):
+    told: list[Any] = []
+
+    def part(name: str) -> Callable[..., Any]:
+        @contextlib.contextmanager
+        def enter(*given: Any, **settings: Any) -> Iterator[None]:
+            told.append((name, *given[:1]) if name == "limit" else name)
+            yield
+            told.append(f"{name} left")
+
+        return enter
+
+    for place, name in (("limit.ended_after", "limit"), ("mesh.open_mesh", "mesh"), ("watchdog.watch", "watch")):
+        monkeypatch.setattr(f"parallel.{place}", part(name))
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"meeting_s": 7.0})})
+    with entered(config):
+        told.append("run")
+    assert told == [("limit", 2 * 7.0 + 600.0), "mesh", "watch", "limit left", "run", "watch left", "mesh left"]

@@ -1,10 +1,13 @@
 """Damaged shards over several starts of a run: the limit is the run's. One start: test_sources.py; reading: tests/data/test_damage.py."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+from parallel.config import ProcessInfo
 from tests.train.tiny_job import ALONE, records, tiny_config, write_shards
 from train import checkpoint
 from train.run import run
@@ -25,10 +28,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def go(folder: Path, *, steps: int, limit: int, shards: str = "shards") -> None:
+def go(folder: Path, *, steps: int, limit: int, shards: str = "shards", info: ProcessInfo = ALONE) -> None:
     data = {"shards": str(folder / shards / "train"), "heldout": str(folder / shards / "heldout")}
     data |= {"max_skipped_shards": limit}
-    run(tiny_config(folder, run={"steps": steps, "log_every_steps": 1}, optim=CONSTANT, data=data), ALONE)
+    run(tiny_config(folder, run={"steps": steps, "log_every_steps": 1}, optim=CONSTANT, data=data), info)
 
 
 def lose_another(folder: Path) -> None:
@@ -51,6 +54,25 @@ def test_what_an_earlier_start_passed_over_counts_against_the_limit(folder: Path
         ("", "train-000003.tar"),
         ("", "train-000005.tar"),
     ]
+
+
+def go_on_two(folder: Path) -> str:
+    """On a rank of a pool of two, each with shards of its own: what it raised."""
+    rank = dist.get_rank()
+    place = {"rank": rank, "world_size": 2, "local_rank": rank, "local_world_size": 2}
+    with pytest.raises(RuntimeError) as caught:
+        go(folder, steps=4, limit=1, shards=f"shards{rank}", info=ALONE.model_copy(update=place))
+    return str(caught.value)
+
+
+def test_damage_beyond_the_limit_on_one_rank_ends_all_with_its_sentence(folder: Path, pool: Any):
+    for rank in range(2):
+        shutil.copytree(folder / "shards", folder / f"shards{rank}")
+    (folder / "shards1" / "train" / "train-000005.tar").unlink()
+    first, second = pool(2).run(go_on_two, folder, timeout=100)
+    assert first == second
+    assert "allows 1 damaged shard, but 2 are: " in first
+    assert first.endswith("or raise data.max_skipped_shards (rank 1 of 2)")
 
 
 def test_a_shard_that_is_passed_over_in_two_starts_counts_once_wherever_it_lies(folder: Path, capsys: Any):

@@ -257,6 +257,23 @@ def test_an_interrupt_does_not_take_a_live_write_for_an_ended_one(tmp_path: Path
     assert write.seconds > 0.2
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_ctrl_c_waits_no_longer_than_a_second_for_a_write(tmp_path: Path, disk: Disk, asynchronous: bool):
+    disk.free.clear()
+
+    def work(held: Held) -> None:
+        # asked for by who waits: the key is pressed in the wait, or else after the save
+        with mock.patch.object(Write, "left_s", mock.PropertyMock(side_effect=KeyboardInterrupt)):
+            held.save(100)
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    errors = on_ranks(tmp_path, work, ranks=1, asynchronous=asynchronous)[1]
+    assert isinstance(errors[0], KeyboardInterrupt)
+    assert time.monotonic() - began < 5
+    assert latest(tmp_path) is None
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
