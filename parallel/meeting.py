@@ -227,9 +227,8 @@ def _reach(address: str, port: int, within_s: float) -> None:
             with socket.create_connection((address, port), timeout=max(0.1, deadline - time.monotonic())) as tried:
                 if tried.getsockname() != tried.getpeername():
                     return
-            raise OSError(
-                "nobody listens there"
-            )  # by chance its own end has the port: TCP then connects it with itself
+            # by chance its own end has the port: TCP then connects it with itself
+            raise OSError("nobody listens there")
         except OSError:
             if time.monotonic() > deadline:
                 raise
