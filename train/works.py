@@ -13,6 +13,7 @@ import torch
 
 from model.expert_choice import BankWork
 from model.part_choice import PartWork, Sizes, part_works, table_work
+from model.selection import GATES
 from model.transformer import Transformer
 from model.work import Work
 from train.config import Config, Layout
@@ -71,6 +72,7 @@ def bank_works(
             exchange=mode,
             dtype=getattr(torch, config.run.dtype),
             keep_hidden=mlp is not None and mlp.keep_hidden,
+            open_gates=mlp is not None and bank.shape.label == "mlp" and GATES[mlp.router] == "open",
         )
     return works
 
@@ -79,6 +81,7 @@ def table_works(
     config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int
 ) -> dict[str, PartWork]:
     """The same of tables, whose rows and columns are where their exchange says."""
+    peer = config.model.peer
     works = {}
     for bank in config.model.banks():
         if not bank.shape.is_table:
@@ -92,6 +95,7 @@ def table_works(
             bank.shape,
             replace(sizes, rows=1, length=math.ceil(sizes.tokens / parts)),
             num_rows=num_local if mode == "tokens" else num_local * layout.ep_size,
+            activation="gelu" if peer is None else peer.activation,
             ranges=ranges,
             columns=columns,
             exchange=mode,

@@ -25,6 +25,25 @@ MODELS: dict[str, dict[str, Any]] = {
         | {"experts": ["q", "k", "v", "o"], "routers": "separate", "positions": "xl", "memory_blocks": 1},
         "sigma_moe": {"num_experts": 5, "expert_dim": 4, "top_k": 2, "keep_hidden": True},
     },
+    "dropout of hidden activations, average keys": {
+        "switchhead": SWITCHHEAD,
+        "sigma_moe": {
+            "num_experts": 5,
+            "expert_dim": 4,
+            "top_k": 2,
+            "router": "average_keys",
+            "num_shared_experts": 1,
+            "hidden_dropout": 0.3,
+        },
+    },
+    "the best keys by distance too, neurons of relu": {
+        "attention": ATTENTION | {"positions": "xl", "memory_blocks": 1, "attend_top_k": 3},
+        "peer": PEER | {"activation": "relu", "scores": "sigmoid"},
+    },
+    "dropout of attention, by distance too": {
+        "switchhead": SWITCHHEAD | {"positions": "xl", "attention_dropout": 0.2},
+        "sigma_moe": {"num_experts": 5, "expert_dim": 4, "top_k": 2, "router": "softmax_after"},
+    },
     "top-k attention, PEER": {
         "attention": ATTENTION | {"num_kv_heads": 1, "attend_top_k": 3, "attend_chunk": 4},
         "peer": PEER,
@@ -38,6 +57,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "pkm": {"num_keys": 5, "num_heads": 2, "top_k": 3, "key_dim": None, "shared_keys": False, "gated": True},
     },
 }
+
+OF_TWO_RANKS = [
+    "switchhead, sigma-MoE",
+    "dropout of hidden activations, average keys",
+    "the best keys by distance too, neurons of relu",
+    "top-k attention, PEER",
+    "shift mixing, PKM",
+]
 
 
 def config_of(folder: Path, model: str, dtype: str = "bfloat16", **sections: dict[str, Any]) -> Config:
@@ -97,7 +124,7 @@ def without_counts(told: Any) -> Any:
 
 
 @pytest.mark.parametrize("exchange", ["tokens", "weights"])
-@pytest.mark.parametrize("model", ["switchhead, sigma-MoE", "top-k attention, PEER", "shift mixing, PKM"])
+@pytest.mark.parametrize("model", OF_TWO_RANKS)
 def test_what_is_measured_is_what_training_calls_on_two_ranks(tmp_path: Path, pool, model: str, exchange: str):
     """The experts are split: five, and a table of 25 rows, so that the second rank holds padding."""
     write_shards(tmp_path / "shards", seed=1)
