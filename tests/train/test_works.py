@@ -12,7 +12,7 @@ from tests.train.tiny_job import ALONE, tiny_config, write_shards
 from train.build import build_model, choose_exchanges
 from train.config import Config, Layout
 from train.run import run
-from train.works import MAX_TOKENS, bank_works, sizes_of, table_works, works_of
+from train.works import bank_works, sizes_of, table_works, works_of
 
 CPU = torch.device("cpu")
 ATTENTION = {"num_heads": 2, "head_dim": 4}
@@ -150,8 +150,8 @@ def test_the_sizes_are_those_of_a_micro_step_of_a_rank_up_to_what_is_worth_measu
     assert sizes(8, 4, 2) == (2, 8, torch.bfloat16)
     assert sizes(512, 16, 2) == (4, 512, torch.bfloat16)  # 2,048 tokens of a CPU
     assert sizes(4096, 16, 2) == (1, 2048, torch.bfloat16)
-    assert sizes(512, 512, 2, "cuda") == (128, 512, torch.bfloat16)  # 65,536 of a GPU
-    assert MAX_TOKENS == {"cpu": 2048, "cuda": 65536}
+    assert sizes(512, 1024, 2, "cuda") == (512, 512, torch.bfloat16)  # of a GPU all: tiles are kept by sizes
+    assert sizes(2**18, 2, 2, "cuda") == (1, 2**18, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("exchange", "parts"), [("tokens", 3), ("weights", 1)])
