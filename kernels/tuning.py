@@ -62,7 +62,7 @@ def compilers() -> str:
         from triton import __version__ as triton
     except ModuleNotFoundError:
         triton = "missing"
-    return f"torch {torch.__version__}, triton {triton}{', tf32' * torch.backends.cuda.matmul.allow_tf32}"
+    return f"torch {torch.__version__}, triton {triton}{', tf32' if torch.backends.cuda.matmul.allow_tf32 else ''}"
 
 
 @cache
