@@ -40,10 +40,10 @@ ELSEWHERE = ("tt.call", "tt.make_tensor_ptr", "tt.make_tensor_descriptor", "tt.i
 
 @dataclass(frozen=True)
 class Products:
-    """Places of products (and of sums in a loop), as "kernels/...:line:column" of the source.
+    """Places of products and of sums in a loop, as "kernels/...:line:column" of the source; "#2" behind the second of one column.
 
     narrow: those that break the rule. seen: in 64 bits, and would break it in 32. hidden: in 64 bits, and would not, since a block
-    multiplies.
+    multiplies or is added.
     """
 
     narrow: frozenset[str] = frozenset()
@@ -79,25 +79,43 @@ class _Offsets:
         for value, made in ways:
             is_narrow, counts = value in cut or NARROW.search(made.line), self._counts_elements(value, made)
             if is_narrow and counts:
-                narrow.add(self.kernel.place(made.line))
-            elif not is_narrow and made.operation in PRODUCTS and self._bound_of(made) >= 2**31:
-                (seen if counts else hidden).add(self.kernel.place(made.line))
+                narrow.add(self._place(made))
+            elif not is_narrow and (self._is_large(made) or self._repeated(value, made)):
+                (seen if counts else hidden).add(self._place(made))
         return Products(frozenset(narrow), frozenset(seen), frozenset(hidden))
+
+    def _place(self, made: Made) -> str:
+        """With a number behind it where other products of one place are factors, as in `row * a * b`, whose two begin in one column."""
+        place = self.kernel.place(made.line)
+        if made.operation not in PRODUCTS:
+            return place
+        factors = set[str]().union(*map(self._elements, made.operands))
+        ways = [way for value in factors for way in self.kernel.ways[value] if way is not made and self._is_large(way)]
+        inner = sum(self.kernel.place(way.line) == place for way in ways)
+        return place + f"#{inner + 1}" * (inner > 0)
 
     def _counts_elements(self, value: str, made: Made) -> bool:
         """Whether a product, or a sum that a loop repeats, may be more than the place of a row."""
         if made.operation in SUMS:
-            steps = [step for step, total in _both_ways(made) if value in self._elements(total)]
-            return any(not _is_block(self._bound(step)) for step in steps)
-        if made.operation not in PRODUCTS or self._bound_of(made) < 2**31:
+            return any(not _is_block(self._bound(step)) for step in self._repeated(value, made))
+        if not self._is_large(made):
             return False
         pairs = [made.operands] if made.operation == "arith.shli" else _both_ways(made)
         return all(not _is_block(self._factor(made, block)) or self._multiplied(row) for row, block in pairs)
 
     def _multiplied(self, value: str) -> bool:
         """Whether a number that grows with the problem is multiplied on its way to the value."""
-        ways = [made for each in self._elements(value) for made in self.kernel.ways[each]]
-        return any(made.operation in PRODUCTS and self._bound_of(made) >= 2**31 for made in ways)
+        return any(self._is_large(made) for each in self._elements(value) for made in self.kernel.ways[each])
+
+    def _is_large(self, made: Made) -> bool:
+        """Whether it is a product that grows with the problem."""
+        return made.operation in PRODUCTS and self._bound_of(made) >= 2**31
+
+    def _repeated(self, value: str, made: Made) -> list[str]:
+        """What a loop adds again and again to the value, if this is such a sum."""
+        if made.operation not in SUMS:
+            return []
+        return [step for step, total in _both_ways(made) if value in self._elements(total)]
 
     def _elements(self, value: str) -> set[str]:
         """The values of which this one is a sum, a product or a choice."""

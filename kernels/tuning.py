@@ -17,9 +17,7 @@ from kernels.availability import interpreted
 
 Config = TypeVar("Config", bound=Hashable)
 MAX_CONFIGS = 4  # each one is compiled and timed at its first use: about half a second
-_decided: dict[
-    str, int
-] = {}  # by device, compilers, rounding, configurations, kernel and sizes: the number of the configuration
+_decided: dict[str, int] = {}  # by device, compilers, configurations, kernel and sizes: the number of the configuration
 _measuring = False
 
 
@@ -31,17 +29,14 @@ def fastest(
     key: the kernel and its sizes, rounded by `rounded`: a new sequence length must not measure again. Launching twice must be harmless.
     Nothing is measured without a GPU, while a CUDA graph is recorded, and under torch.use_deterministic_algorithms outside `measuring`:
     a clock would decide in which order a kernel adds, in the middle of a run that is to be repeated. What was decided before holds,
-    for the same device, configurations, torch, triton and `rounding`: others measure again. A number that was taken from elsewhere
+    for the same device, configurations and `compilers`: others measure again. A number that was taken from elsewhere
     (`decide`) and is none of these is a RuntimeError.
     """
     if len(configs) > MAX_CONFIGS:
         raise ValueError(f"a kernel may have {MAX_CONFIGS} configurations, got {len(configs)}: leave some out")
     if device.type != "cuda" or interpreted():
         return configs[0]
-    import triton
-
-    compilers = f"torch {torch.__version__}, triton {triton.__version__}{rounding()}"
-    name = f"{torch.cuda.get_device_name(device)}, {compilers}, tiles {_digest(tuple(configs))}: {key}"
+    name = f"{torch.cuda.get_device_name(device)}, {compilers()}, tiles {_digest(tuple(configs))}: {key}"
     if name in _decided:
         if _decided[name] not in range(len(configs)):
             raise RuntimeError(
@@ -59,9 +54,15 @@ def fastest(
     return configs[_decided[name]]
 
 
-def rounding() -> str:
-    """How a name says that fp32 products on a GPU round to TF32, by torch's own switch; nothing where they do not."""
-    return ", tf32" if torch.backends.cuda.matmul.allow_tf32 else ""
+def compilers() -> str:
+    """What beside the device changes a time or a tile on a GPU, for the names of both: torch, Triton, and whether fp32 products round to
+    TF32, by torch's own switch. Not the driver: the kernels and torch's libraries come compiled for the device, whatever it is.
+    """
+    try:
+        from triton import __version__ as triton
+    except ModuleNotFoundError:
+        triton = "missing"
+    return f"torch {torch.__version__}, triton {triton}{', tf32' if torch.backends.cuda.matmul.allow_tf32 else ''}"
 
 
 @cache
@@ -93,5 +94,9 @@ def decide(kept: Mapping[str, int]) -> None:
 
 
 def rounded(size: int) -> int:
-    """The power of two at or above a size, at least 16: what a tuning key holds instead of a number of rows."""
-    return max(16, 1 << (size - 1).bit_length())
+    """The power of two nearest to a size by their ratio, at least 16: what a tuning key holds instead of a number of rows.
+
+    Nearest, because most sizes are powers of two, and the copies that other ranks send are a little more or less than one: they have
+    its tiles up to 41 % above and 29 % below. Rounded up, every other step would find no tiles for its size.
+    """
+    return max(16, 1 << (size * size).bit_length() // 2)

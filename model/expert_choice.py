@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.availability import why_not_triton
 from kernels.grouped_matmul import why_not_torch
 from model.dispatch import Compute, LocalArriving, LocalExchange, Routing
-from model.experts import DENSE, gate_then_project, gated_mlp, project_then_gate
+from model.experts import DENSE, gate_then_project, gated_mlp, hidden_factors, project_then_gate
 from model.parameters import ExpertBank, zeros
 from model.section import BankShape
 from model.work import Exchange, Work
@@ -28,7 +28,7 @@ class BankWork(Work):
 
     bank: any but a table. tokens: of the rank, those of memory included. num_groups: computed with here, those of padding included.
     exchange: see model/work.py. dtype: of the products, and of what travels; of the rest only the rows that attention gives have it.
-    keep_hidden: see sigma-MoE's config.
+    keep_hidden: see sigma-MoE's config. open_gates: all are 1 and get no gradient (Avg-K).
     """
 
     bank: BankShape
@@ -37,6 +37,7 @@ class BankWork(Work):
     exchange: Exchange | None
     dtype: torch.dtype
     keep_hidden: bool = False
+    open_gates: bool = False
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -54,8 +55,9 @@ class BankWork(Work):
         bank = self.bank
         sizes = f"{self.num_groups} groups of {' x '.join(map(str, self.widths))}{' twice' if self._is_mlp else ''}"
         choices = f"{self.tokens} tokens, {bank.num_heads} x {bank.top_k} choices"
-        extras = f", {self.exchange or 'nothing'} sent" + ", hidden kept" * (self.keep_hidden and self._is_mlp)
-        return f"{bank.label}: {sizes}, {choices}, {self.dtype}{extras}"
+        hidden = ", hidden kept" * (self.keep_hidden and self._is_mlp) + ", hidden dropped" * bank.hashed
+        gates = ", gates open" * self.open_gates
+        return f"{bank.label}: {sizes}, {choices}, {self.dtype}, {self.exchange or 'nothing'} sent{hidden}{gates}"
 
     @property
     def _is_mlp(self) -> bool:
@@ -71,7 +73,7 @@ class BankWork(Work):
         return ["triton", *[DENSE] * (self.whole and not self._is_mlp), *by_torch]
 
     def work(self, backend: str, *, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
-        """The output, and the gradients of rows, weights and gates."""
+        """The output, and the gradients of rows, weights and, where they learn, gates."""
         generator = torch.Generator(device).manual_seed(0)
         normal = partial(torch.randn, generator=generator, device=device)
         bank, compute = self._experts(backend, normal)
@@ -82,7 +84,7 @@ class BankWork(Work):
         arriving = LocalArriving(LocalExchange.of(routing, num_groups=self.num_groups), rows)
         gradient = normal(routing.num_outputs, self.bank.output_dim).to(self.dtype)
         assert routing.gates_NK is not None
-        leaves = [rows, *bank.weights().values(), routing.gates_NK]
+        leaves = [rows, *bank.weights().values(), *[routing.gates_NK] * (not self.open_gates)]
 
         def work() -> tuple[Tensor, ...]:
             with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -103,7 +105,10 @@ class BankWork(Work):
         weights = bank.weights()
         if self._is_mlp:
             mlp = partial(gated_mlp, backend=backend, keep_hidden=self.keep_hidden)
-            return bank, lambda rows, plan: mlp(rows, weights["up"], weights["down"], plan)
+            drop = partial(hidden_factors, channels=y, probability=0.5)  # in training made anew in each pass, too
+            return bank, lambda rows, plan: mlp(
+                rows, weights["up"], weights["down"], plan, factors_CF=drop(plan) if self.bank.hashed else None
+            )
         project = gate_then_project if self.bank.label == "output" else project_then_gate
         projection = partial(project, backend=backend, num_heads=self.bank.num_heads)
         return bank, lambda rows, plan: projection(rows, weights["weight"], plan)
@@ -121,11 +126,12 @@ class BankWork(Work):
         pair_N = torch.arange(tokens * heads, device=device)
         spaces = {1: pair_N // heads, heads: pair_N}  # with one head they are the same
         return Routing(
-            gates_NK=normal(tokens * heads, top_k).sigmoid().requires_grad_(),
+            gates_NK=normal(tokens * heads, top_k).sigmoid().requires_grad_(not self.open_gates),
             expert_ids_NK=chosen_THK.view(-1, top_k),
             source_row_N=pair_N if self._is_mlp else spaces[self.bank.rows_per_token],
             output_row_N=pair_N if self._is_mlp else spaces[self.bank.outputs_per_token],
             num_rows=tokens * self.bank.rows_per_token,
             num_outputs=tokens * self.bank.outputs_per_token,
             bank=bank,
+            hashes_N=pair_N if self.bank.hashed else None,
         )

@@ -7,7 +7,7 @@ Shape letters: B rows, S positions, T = B*S tokens, D model width, H heads, K pi
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,10 +19,12 @@ from kernels.peer_experts import peer_experts, peer_products
 from kernels.tables.routes import LARGE_TABLE, TableRoutes, candidates
 from model.attend import Attend
 from model.attention_config import DEFAULT_CHUNK
+from model.context import BatchContext
 from model.hsm.layer import HSM
 from model.peer import PEER
 from model.pkm import PKM
 from model.section import BankShape
+from model.top_k_attention import AttentionDropout
 from model.transformer import Transformer
 from model.work import Exchange, Work
 
@@ -47,6 +49,10 @@ class Sizes:
     def zeros(self, device: torch.device) -> Tensor | None:
         """Of each position the id of its document, or where that begins; None where that does not matter."""
         return torch.zeros(self.rows, self.length, dtype=torch.int64, device=device) if self.documents else None
+
+    def context(self, device: torch.device) -> BatchContext:
+        """Of rows at position 0, for what is dropped."""
+        return BatchContext(torch.zeros(self.rows, dtype=torch.int64, device=device), None, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -90,11 +96,13 @@ def part_works(model: Transformer, sizes: Sizes) -> dict[str, PartWork]:
 
 
 def table_work(
-    bank: BankShape, sizes: Sizes, *, num_rows: int, ranges: int = 1, columns: int = 1, exchange: Exchange | None = None
-) -> PartWork:
+    bank: BankShape, sizes: Sizes, *, num_rows: int, activation: str, ranges: int = 1, columns: int = 1,
+    exchange: Exchange | None = None,
+) -> PartWork:  # fmt: skip
     """What is looked up in a table of which this rank computes with `num_rows` rows and one of `columns` ranges of columns.
 
-    ranges: of rows, over which the ranks share the table. A token goes to every range that it chose of, and there to all columns.
+    activation: of its neurons, if it has some. ranges: of rows, over which the ranks share the table. A token goes to every range that
+    it chose of, and there to all columns.
     """
     num_rows, width = min(num_rows, LARGE_TABLE), bank.output_dim // columns
     choices = bank.num_heads * bank.top_k
@@ -102,7 +110,8 @@ def table_work(
     num_copies = sizes.tokens * columns * choices
     kind = "values" if not bank.replies else "neurons" if columns == 1 else "products"
     reads = f"{arriving} rows read {num_copies}"
-    name = f"table of {num_rows} {kind} x {width}: {reads}, {sizes.dtype}, {exchange or 'nothing'} sent"
+    of = f" of {activation}" * (kind == "neurons")
+    name = f"table of {num_rows} {kind}{of} x {width}: {reads}, {sizes.dtype}, {exchange or 'nothing'} sent"
     row_dtype = sizes.dtype if exchange == "tokens" else torch.float32
     table_dtype = sizes.dtype if exchange == "weights" else torch.float32
 
@@ -116,7 +125,7 @@ def table_work(
         if kind == "values":
             return _leaves(down, gates), lambda backend: embedding_bag(down, gates, routes=routes, backend=backend)
         if kind == "neurons":
-            neurons = partial(peer_experts, rows, up, down, gates, routes=routes, activation="gelu")
+            neurons = partial(peer_experts, rows, up, down, gates, routes=routes, activation=activation)
             return _leaves(rows, up, down, gates), lambda backend: neurons(backend=backend)
 
         def in_halves(backend: str) -> Tensor:
@@ -163,11 +172,22 @@ def _attention_work(attend: Attend, sizes: Sizes) -> PartWork:
 
     def build(device: torch.device) -> tuple[list[Tensor], Compute]:
         normal, _ = _normal(device)
-        shapes = ((heads, length), (kv_heads, num_keys), (kv_heads, num_keys))
-        q, k, v = (normal(sizes.rows, *shape, width).to(sizes.dtype) for shape in shapes)
-        options = {"top_k": config.attend_top_k, "scale": width**-0.5, "chunk": chunk, "first_BS": sizes.zeros(device)}
-        attention = partial(top_k_attention.top_k_attention, q, k, v, **options)
-        return _leaves(q, k, v), lambda backend: attention(backend=backend)
+        shapes = [(heads, length), (kv_heads, num_keys), (kv_heads, num_keys), *[(heads, length)] * positions]
+        q, k, v, *by_distance = (normal(sizes.rows, *shape, width).to(sizes.dtype) for shape in shapes)
+        by_distance += [normal(heads, num_keys, width).to(sizes.dtype)] * positions
+        leaves = _leaves(q, k, v, *by_distance)
+        drop = AttentionDropout(sizes.context(device), config.attention_dropout)
+        attention = partial(
+            top_k_attention.top_k_attention,
+            *leaves[:3],
+            top_k=config.attend_top_k,
+            scale=1.0 if positions else width**-0.5,
+            first_BS=replace(sizes, documents=sizes.documents or config.memory_blocks > 0).zeros(device),
+            chunk=chunk,
+            relative=tuple(by_distance) if positions else None,
+            drop=drop if config.attention_dropout else None,
+        )
+        return leaves, lambda backend: attention(backend=backend)
 
     serving = partial(
         top_k_attention.candidates, top_k=config.attend_top_k, num_keys=num_keys, widths=(width, width), extras=extras

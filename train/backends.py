@@ -7,7 +7,8 @@ Called by train/run.py and train/build.py.
 
 Every rank says which candidates it has; rank 0 measures those that all have, and tells the others. On a CPU all candidates give the same
 bits. On a GPU they do not, so a run that is started again takes the fastest of which kernels.json in its folder has a time, and measures
-only work of which no candidate has one: other sizes, another GPU. A time that was kept stays, whatever a later start lacks.
+only work of which no candidate has one: other sizes, another GPU, another torch or Triton. A time that was kept
+stays, whatever a later start lacks.
 """
 
 import math
@@ -259,9 +260,11 @@ def _seconds(work: Work, backend: str, device: torch.device) -> float:
 
 
 def _described(work: Work, device: torch.device) -> str:
-    """Everything that a measurement depends on, as text."""
-    rounding = tuning.rounding() if device.type == "cuda" else ""
-    return f"{_where(device)}, torch {torch.__version__}{rounding}: {work}"
+    """Everything that a measurement depends on, as text. On a GPU with all that a tile's name has, but the list of tiles: where kept times
+    held with another Triton, its tiles would never be measured.
+    """
+    compilers = tuning.compilers() if device.type == "cuda" else f"torch {torch.__version__}"
+    return f"{_where(device)}, {compilers}: {work}"
 
 
 def _where(device: torch.device) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from model.expert_choice import BankWork
 from model.part_choice import PartWork, Sizes, part_works, table_work
+from model.selection import GATES
 from model.transformer import Transformer
 from model.work import Work
 from train.config import Config, Layout
@@ -20,10 +21,7 @@ from train.config import Config, Layout
 if TYPE_CHECKING:
     from parallel.volume import BankExchange
 
-MAX_TOKENS = {
-    "cpu": 2048,
-    "cuda": 65536,
-}  # of a measurement: a pass of 2,048 tokens through a 47M layer is 0.2 s on a CPU
+MAX_TOKENS_ON_CPU = 2048  # of a measurement: a pass of 2,048 tokens through a 47M layer is 0.2 s
 
 
 def works_of(
@@ -38,25 +36,31 @@ def works_of(
 
 
 def sizes_of(config: Config, *, processes: int) -> Sizes:
-    """What one of the processes works on in a training micro-step, or as much of it as is worth measuring."""
-    rows, most = _micro_rows(config) // processes, _most_tokens(config)
-    length = min(config.data.sequence_length, most)
-    return Sizes(min(rows, most // length), length, getattr(torch, config.run.dtype), documents=config.mask_documents)
+    """What one of the processes works on in a training micro-step, on a CPU as much of it as is worth measuring.
+
+    On a GPU all of it, however much: tiles are kept by sizes, and a step of other sizes would take the first ones.
+    """
+    rows, length = _micro_rows(config) // processes, config.data.sequence_length
+    if config.run.device != "cuda":
+        length = min(length, MAX_TOKENS_ON_CPU)
+        rows = min(rows, MAX_TOKENS_ON_CPU // length)
+    return Sizes(rows, length, getattr(torch, config.run.dtype), documents=config.mask_documents)
 
 
 def _micro_rows(config: Config) -> int:
     return config.data.global_batch_size // config.optim.accumulation_steps
 
 
-def _most_tokens(config: Config) -> int:
-    return MAX_TOKENS["cuda" if config.run.device == "cuda" else "cpu"]
-
-
 def bank_works(
     config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int
 ) -> dict[str, BankWork]:
-    """What each bank but tables does in a training micro-step on one of the processes, or with a part of it where that comes in parts."""
-    tokens = min(_micro_rows(config) // processes * config.data.sequence_length, _most_tokens(config))
+    """What each bank but tables does in a training micro-step on one of the processes, or with a part of it where that comes in parts.
+
+    Where tokens travel, a rank gets as many copies as its own tokens have, but of more rows, of which fewer copies each are here. What is
+    measured has that number of copies and the rank's own number of rows: every key of a tile and every product goes by copies, and all
+    candidates gather a row for each copy.
+    """
+    tokens = sizes_of(config, processes=processes).tokens
     mlp = config.model.sigma_moe
     works = {}
     for bank in config.model.banks():
@@ -71,6 +75,7 @@ def bank_works(
             exchange=mode,
             dtype=getattr(torch, config.run.dtype),
             keep_hidden=mlp is not None and mlp.keep_hidden,
+            open_gates=mlp is not None and bank.shape.label == "mlp" and GATES[mlp.router] == "open",
         )
     return works
 
@@ -79,6 +84,7 @@ def table_works(
     config: Config, layout: Layout, exchanges: "Mapping[str, BankExchange]", *, processes: int
 ) -> dict[str, PartWork]:
     """The same of tables, whose rows and columns are where their exchange says."""
+    peer = config.model.peer
     works = {}
     for bank in config.model.banks():
         if not bank.shape.is_table:
@@ -92,6 +98,7 @@ def table_works(
             bank.shape,
             replace(sizes, rows=1, length=math.ceil(sizes.tokens / parts)),
             num_rows=num_local if mode == "tokens" else num_local * layout.ep_size,
+            activation="gelu" if peer is None else peer.activation,
             ranges=ranges,
             columns=columns,
             exchange=mode,

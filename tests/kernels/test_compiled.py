@@ -78,7 +78,8 @@ NARROW = (
     ),
 )
 
-# Products in 64 bits of which a block is a factor in every form. They would be right in 32: each is a number of rows.
+# Products in 64 bits of which a block is a factor in every form, and sums of a loop that adds one. They would be right in 32: each is a
+# number of rows.
 HIDDEN = (
     ("product_key_topk/kernel.py", "queries += (base * Q_HEADS + head % Q_HEADS) * (2 * C)", 1),
     (
@@ -97,6 +98,7 @@ HIDDEN = (
     ("tables/by_entry.py", "start = program * PLACES", 1),
     ("tables/by_entry.py", "part = program * 2 + begins_here.to(tl.int64)", 1),
     ("tables/by_entry.py", "after = (program + 1) * PLACES", 1),
+    ("tables/by_entry.py", "first += PARTS", 1),
     ("tables/by_entry.py", "_, before = _entry_at(program * PLACES - 1, order, entry, program > 0)", 1),
     ("tables/by_entry.py", "total = tl.load(parts + (program * 2 + 1) * D + d, mask=d < D, other=0.0)", 1),
     ("tables/by_entry.py", "_copies, found = _entry_at(part * PLACES, order, entry, part * PLACES < C)", 1),
@@ -155,7 +157,7 @@ def _sources(places: Iterable[str], expected: Collection[Line]) -> set[tuple[str
     expected line in a file of its name."""
     found = set()
     for place in places:
-        path, line, column = place.split(":")
+        path, line, column = place.split(":")  # a second product of one column has "#2" there
         paths = [ROOT / path] if (ROOT / path).exists() else sorted(ROOT.glob(f"kernels/*/{Path(path).name}"))
         lines = [(str(each.relative_to(ROOT / "kernels")), getline(str(each), int(line)).strip()) for each in paths]
         known = [each for each in lines if each in {(file, text) for file, text, _ in expected}]

@@ -58,7 +58,7 @@ WRONG = {
         READ,
     ],
     "by nothing and a row": [
-        "%none = arith.muli %n, %zero : i32",
+        "%none = arith.muli %n, %zero : i32 loc(#loc)",
         "%t = arith.addi %none, %row : i32",
         "%at = arith.muli %t, %width : i32 loc(#loc1)",
         READ,
@@ -152,6 +152,45 @@ def test_a_product_in_64_bits_is_hidden_where_a_block_multiplies_and_seen_elsewh
     assert all_found(["%at = arith.muli %row, %width : i32 loc(#loc1)", READ]) == Products(narrow=frozenset(LINE))
 
 
+def test_a_sum_in_64_bits_that_a_loop_repeats_is_hidden_where_it_adds_a_block_and_seen_elsewhere() -> None:
+    def loop(step: str) -> list[str]:
+        return [
+            "%block_1 = arith.constant 128 : i64",
+            "%start = arith.constant 0 : i64",
+            "%end = scf.for %i = %zero to %n step %one iter_args(%at = %start) -> (i64)  : i32 {",
+            f"  {READ}",
+            f"  %next = arith.addi %at, %{step} : i64 loc(#loc1)",
+            "  scf.yield %next : i64",
+            "}",
+        ]
+
+    assert all_found(loop("block_1")) == Products(hidden=frozenset(LINE))
+    assert all_found(loop("width_1")) == Products(seen=frozenset(LINE))
+
+
+def test_two_products_that_begin_in_one_column_are_two() -> None:
+    """`row * width * n`, of which Triton says one place."""
+    inner = "%inner = arith.muli %row, %width : i32 loc(#loc1)"
+    both = [inner, "%at = arith.muli %inner, %n : i32 loc(#loc1)", READ]
+    (place,) = LINE
+    assert found(both) == {place, f"{place}#2"}
+    in_64_bits = [
+        "%inner = arith.muli %wide, %width_1 : i64 loc(#loc1)",
+        "%at = arith.muli %inner, %wide : i64 loc(#loc1)",
+    ]
+    assert all_found([*in_64_bits, READ]) == Products(seen=frozenset({place, f"{place}#2"}))
+
+
+def test_a_product_of_another_column_or_of_constants_gives_no_number() -> None:
+    inner = "%inner = arith.muli %row, %width : i32 loc(#loc)"
+    assert found([inner, "%at = arith.muli %inner, %n : i32 loc(#loc1)", READ]) == LINE | {"kernels/op/kernel.py:1:0"}
+    constant = "%inner = arith.muli %nine, %nine : i32 loc(#loc1)"
+    assert (
+        found([constant, "%t = arith.addi %inner, %row : i32", "%at = arith.muli %t, %width : i32 loc(#loc1)", READ])
+        == LINE
+    )
+
+
 KEEP = [
     "arith.extsi {}",
     "arith.extui {}",
@@ -181,13 +220,18 @@ def test_what_keeps_a_number_keeps_its_bound_and_that_it_was_multiplied(operatio
     assert found(times(operation.format("%nine"), "width")) == set()
     assert found(times(operation.format("%row"), "width")) == LINE
     assert found(times(operation.format("%row"), "block")) == set()
-    assert found(["%start = arith.muli %row, %block : i32", *times(operation.format("%start"), "block")]) == LINE
+    assert (
+        found(["%start = arith.muli %row, %block : i32 loc(#loc)", *times(operation.format("%start"), "block")]) == LINE
+    )
 
 
 @pytest.mark.parametrize("operation", ROWS)
 def test_what_makes_a_number_of_rows_may_be_multiplied_by_a_block_again(operation: str) -> None:
     assert found(times(operation.format("%row"), "width")) == LINE
-    assert found(["%start = arith.muli %row, %block : i32", *times(operation.format("%start"), "block")]) == set()
+    assert (
+        found(["%start = arith.muli %row, %block : i32 loc(#loc)", *times(operation.format("%start"), "block")])
+        == set()
+    )
 
 
 UNKNOWN = {

@@ -180,6 +180,21 @@ def test_queries_that_see_nothing_give_exact_zeros_and_get_none(interpreted: Run
     assert not found["k"][:, :, blind].any()
 
 
+def test_keys_that_nobody_keeps_get_exact_zeros_and_one_kept_key_gives_its_value(interpreted: Run) -> None:
+    inputs = make_inputs(Case((1, 2, 40, 40, 8, 3), 1))
+    found = interpreted(by_kernel, inputs)
+    scores = (inputs["q"] @ inputs["k"].mT).masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf)
+    best = scores.argmax(-1)
+    assert torch.equal(found["output"], inputs["v"].gather(2, best[..., None].expand(-1, -1, -1, 3)))
+    unread = torch.ones(1, 2, 40, dtype=torch.bool).scatter(2, best, False)
+    assert unread.sum() > 20
+    assert not found["k"][unread].any()
+    assert not found["v"][unread].any()
+    assert (
+        max(found["q"].abs().max(), found["k"].abs().max()) < 1e-5
+    )  # of gradients of size 1: the softmax of one key is 1
+
+
 def kept(inputs: dict[str, Any], tiles: tuple[int, int], top_k: int) -> Tensor:
     """bool (B, H, S, M): read off by giving every key its own value channel."""
     from kernels.top_k_attention import kernel

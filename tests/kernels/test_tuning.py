@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_the_fastest_is_measured_once_for_each_key(measured: list[str]) -> None:
     for rows in (1000, 900, 1024):
         assert fastest(list(MILLISECONDS), measured.append, key=("op", rounded(rows)), device=GPU) == "middle"
     assert measured == ["small", "middle", "large"]
-    fastest(list(MILLISECONDS), measured.append, key=("op", rounded(1025)), device=GPU)
+    fastest(list(MILLISECONDS), measured.append, key=("op", rounded(1500)), device=GPU)
     assert len(measured) == 6
 
 
@@ -152,5 +153,21 @@ def test_more_than_four_configurations_are_refused(measured: list[str]) -> None:
         fastest(["a"] * 5, measured.append, key="op", device=GPU)
 
 
-def test_sizes_are_rounded_up_to_powers_of_two() -> None:
-    assert [rounded(size) for size in (0, 1, 16, 17, 4096, 4097)] == [16, 16, 16, 32, 4096, 8192]
+def test_sizes_are_rounded_to_the_power_of_two_that_is_nearest_by_ratio() -> None:
+    assert [rounded(size) for size in (0, 1, 16, 22, 23, 4096, 5792, 5793)] == [16, 16, 16, 16, 32, 4096, 4096, 8192]
+    sizes = [*range(16, 3000), *range(10**6, 10**6 + 50)]
+    assert [rounded(size) for size in sizes] == [2 ** round(math.log2(size)) for size in sizes]
+
+
+def test_what_uneven_routing_sends_has_the_tiles_of_even_routing(measured: list[str]) -> None:
+    """8 ranks, each with 4,096 tokens that choose 4 of 64 experts: what a rank gets is a little more or less than 16,384."""
+    generator = torch.Generator().manual_seed(1)
+    experts_TK = torch.rand(8 * 4096, 64, generator=generator).topk(4).indices
+    copies = (experts_TK // 8).flatten().bincount().tolist()
+    assert min(copies) < 4096 * 4 < max(copies)
+    with measuring():
+        fastest(list(MILLISECONDS), measured.append, key=rounded(4096 * 4), device=GPU)
+    torch.use_deterministic_algorithms(True)
+    assert {fastest(list(MILLISECONDS), measured.append, key=rounded(size), device=GPU) for size in copies} == {
+        "middle"
+    }

@@ -24,6 +24,7 @@ from kernels.shift_mix import shift_mix
 from kernels.top_k_attention import top_k_attention
 from model import expert_choice, lookup, part_choice, product_keys, sigma_moe, switchhead
 from model import top_k_attention as model_attention
+from model.context import BatchContext
 from model.experts import gate_then_project, gated_mlp, project_then_gate
 from model.hsm import layer
 
@@ -75,6 +76,10 @@ def _recording(operation: Callable[..., Any], calls: list[Call]) -> Callable[...
 def _told(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.dtype, tuple(value.shape), value.requires_grad
+    if isinstance(value, BatchContext):
+        return "context"  # chooses which are dropped, not how
     if is_dataclass(value):
         return tuple((field.name, _told(getattr(value, field.name))) for field in fields(value))
+    if isinstance(value, tuple):
+        return tuple(map(_told, value))
     return None if callable(value) else value

@@ -119,7 +119,9 @@ def test_what_tells_two_works_apart_is_in_their_names():
         replace(base, exchange="tokens"),
         replace(base, exchange="weights"),
         replace(base, keep_hidden=True),
+        replace(base, open_gates=True),
         replace(base, bank=replace(base.bank, top_k=1)),
+        replace(base, bank=replace(base.bank, hashed=True)),
         replace(base, bank=replace(base.bank, group_numel=2 * 24 * 8)),
     ]
-    assert len({str(work) for work in [base, *others]}) == 10
+    assert len({str(work) for work in [base, *others]}) == 12

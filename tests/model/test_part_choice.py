@@ -35,7 +35,10 @@ def model_of(**changes: object) -> Transformer:
 
 def tables_of(model: Transformer, sizes: Sizes = SIZES, columns: int = 1):
     banks = [bank for bank in model.config.banks() if bank.shape.is_table]
-    return {bank.path: table_work(bank.shape, sizes, num_rows=bank.shape.num_groups, columns=columns) for bank in banks}
+    return {
+        bank.path: table_work(bank.shape, sizes, num_rows=bank.shape.num_groups, activation="gelu", columns=columns)
+        for bank in banks
+    }
 
 
 def test_every_part_is_found_and_takes_a_backend():
@@ -75,11 +78,20 @@ def test_each_work_gives_what_the_reference_gives_forward_and_backward(columns: 
 
 def test_a_table_is_measured_with_the_columns_that_are_here_and_not_beyond_what_matters():
     (bank,) = {bank.shape for bank in model_of().config.banks() if bank.shape.name == "experts"}
-    output, rows, up, down, gates = table_work(bank, SIZES, num_rows=40, columns=2).work("torch", device=CPU)()
+    output, rows, up, down, gates = table_work(bank, SIZES, num_rows=40, activation="gelu", columns=2).work(
+        "torch", device=CPU
+    )()
     assert output.shape == rows.shape == (2 * 24, 12)  # of each of the two ranks that share the columns, all tokens
     assert up.shape == down.shape == (40, 12)
     assert gates.shape == (2 * 24 * 2 * 3,)
-    assert str(LARGE_TABLE) in str(table_work(bank, SIZES, num_rows=LARGE_TABLE + 1, columns=1))
+    assert str(LARGE_TABLE) in str(table_work(bank, SIZES, num_rows=LARGE_TABLE + 1, activation="gelu"))
+
+
+def test_other_neurons_of_a_table_are_another_work():
+    (bank,) = {bank.shape for bank in model_of().config.banks() if bank.shape.name == "experts"}
+    gelu, relu = (table_work(bank, SIZES, num_rows=40, activation=name) for name in ("gelu", "relu"))
+    assert str(gelu) != str(relu)
+    assert not torch.equal(gelu.work("torch", device=CPU)()[0], relu.work("torch", device=CPU)()[0])
 
 
 def test_rows_arrive_from_every_rank_whose_tokens_chose_of_these():
@@ -88,7 +100,9 @@ def test_rows_arrive_from_every_rank_whose_tokens_chose_of_these():
     sizes, generator = Sizes(rows=1, length=500, dtype=torch.float32), torch.Generator().manual_seed(1)
     range_TK = torch.randint(3, (6 * 500, 2 * 3), generator=generator)
     received, copies = int((range_TK == 0).any(1).sum()), int((range_TK == 0).sum())
-    output, *_, gates = table_work(bank, sizes, num_rows=64, ranges=3, columns=2).work("torch", device=CPU)()
+    output, *_, gates = table_work(bank, sizes, num_rows=64, activation="gelu", ranges=3, columns=2).work(
+        "torch", device=CPU
+    )()
     assert len(output) == pytest.approx(received, rel=0.03)
     assert len(gates) == pytest.approx(copies, rel=0.03)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from kernels import tuning
 from kernels.grouped_matmul import grouped_matmul
@@ -226,7 +227,8 @@ def test_another_rounding_of_a_gpu_is_measured_for_itself(config, monkeypatch, n
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        assert backends._described(work, torch.device("cuda")) == f"a GPU, torch {torch.__version__}{named}: {work}"
+        compilers = f"torch {torch.__version__}, triton {triton.__version__}"
+        assert backends._described(work, torch.device("cuda")) == f"a GPU, {compilers}{named}: {work}"
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -3,12 +3,15 @@
 import json
 import math
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton
 
 from model.expert_choice import BankWork
 from tests.train.test_backends import works_of
@@ -77,6 +80,38 @@ def test_a_candidate_that_came_later_is_not_measured(config, gpu):
         note.endswith("computed by torch; ms forward and backward: triton not kept, torch 2000.00")
         for note in chosen.notes()
     )
+
+
+CHANGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "device": lambda patch: patch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU"),
+    "torch": lambda patch: patch.setattr(torch, "__version__", "3.0.0"),
+    "triton": lambda patch: patch.setattr(triton, "__version__", "4.0.0"),
+    "no triton": lambda patch: patch.setitem(sys.modules, "triton", None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_on_another_gpu_or_with_other_compilers_a_resumed_run_measures_anew_and_says_so(
+    config, gpu, monkeypatch, change: str
+):
+    """There and back: what the first start measured is found again."""
+    start(config)
+    (RunFolder(Path(config.run.dir)).checkpoints / "step_000001").mkdir(parents=True)
+    with monkeypatch.context() as changed:
+        CHANGES[change](changed)
+        notes = start(config).notes()
+    assert gpu.measured == ["triton", "torch"] * 6
+    assert len([note for note in notes if "measured anew; on a GPU last bits may differ" in note]) == 3
+    assert not [note for note in start(config).notes() if "anew" in note]
+    assert len(gpu.measured) == 12
+
+
+def test_a_file_from_before_triton_was_in_the_names_is_measured_anew(config, gpu):
+    start(config)
+    kernels = RunFolder(Path(config.run.dir)).kernels
+    kernels.write_text(kernels.read_text().replace(f", triton {triton.__version__}", ""))
+    start(config)
+    assert gpu.measured == ["triton", "torch"] * 6
 
 
 def test_what_had_no_room_is_not_kept_and_not_taken_when_it_has_room(config, gpu):

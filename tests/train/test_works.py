@@ -12,7 +12,7 @@ from tests.train.tiny_job import ALONE, tiny_config, write_shards
 from train.build import build_model, choose_exchanges
 from train.config import Config, Layout
 from train.run import run
-from train.works import MAX_TOKENS, bank_works, sizes_of, table_works, works_of
+from train.works import bank_works, sizes_of, table_works, works_of
 
 CPU = torch.device("cpu")
 ATTENTION = {"num_heads": 2, "head_dim": 4}
@@ -24,6 +24,25 @@ MODELS: dict[str, dict[str, Any]] = {
         "switchhead": SWITCHHEAD
         | {"experts": ["q", "k", "v", "o"], "routers": "separate", "positions": "xl", "memory_blocks": 1},
         "sigma_moe": {"num_experts": 5, "expert_dim": 4, "top_k": 2, "keep_hidden": True},
+    },
+    "dropout of hidden activations, average keys": {
+        "switchhead": SWITCHHEAD,
+        "sigma_moe": {
+            "num_experts": 5,
+            "expert_dim": 4,
+            "top_k": 2,
+            "router": "average_keys",
+            "num_shared_experts": 1,
+            "hidden_dropout": 0.3,
+        },
+    },
+    "the best keys by distance too, neurons of relu": {
+        "attention": ATTENTION | {"positions": "xl", "memory_blocks": 1, "attend_top_k": 3},
+        "peer": PEER | {"activation": "relu", "scores": "sigmoid"},
+    },
+    "dropout of attention, by distance too": {
+        "switchhead": SWITCHHEAD | {"positions": "xl", "attention_dropout": 0.2},
+        "sigma_moe": {"num_experts": 5, "expert_dim": 4, "top_k": 2, "router": "softmax_after"},
     },
     "top-k attention, PEER": {
         "attention": ATTENTION | {"num_kv_heads": 1, "attend_top_k": 3, "attend_chunk": 4},
@@ -38,6 +57,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "pkm": {"num_keys": 5, "num_heads": 2, "top_k": 3, "key_dim": None, "shared_keys": False, "gated": True},
     },
 }
+
+OF_TWO_RANKS = [
+    "switchhead, sigma-MoE",
+    "dropout of hidden activations, average keys",
+    "the best keys by distance too, neurons of relu",
+    "top-k attention, PEER",
+    "shift mixing, PKM",
+]
 
 
 def config_of(folder: Path, model: str, dtype: str = "bfloat16", **sections: dict[str, Any]) -> Config:
@@ -97,7 +124,7 @@ def without_counts(told: Any) -> Any:
 
 
 @pytest.mark.parametrize("exchange", ["tokens", "weights"])
-@pytest.mark.parametrize("model", ["switchhead, sigma-MoE", "top-k attention, PEER", "shift mixing, PKM"])
+@pytest.mark.parametrize("model", OF_TWO_RANKS)
 def test_what_is_measured_is_what_training_calls_on_two_ranks(tmp_path: Path, pool, model: str, exchange: str):
     """The experts are split: five, and a table of 25 rows, so that the second rank holds padding."""
     write_shards(tmp_path / "shards", seed=1)
@@ -123,8 +150,8 @@ def test_the_sizes_are_those_of_a_micro_step_of_a_rank_up_to_what_is_worth_measu
     assert sizes(8, 4, 2) == (2, 8, torch.bfloat16)
     assert sizes(512, 16, 2) == (4, 512, torch.bfloat16)  # 2,048 tokens of a CPU
     assert sizes(4096, 16, 2) == (1, 2048, torch.bfloat16)
-    assert sizes(512, 512, 2, "cuda") == (128, 512, torch.bfloat16)  # 65,536 of a GPU
-    assert MAX_TOKENS == {"cpu": 2048, "cuda": 65536}
+    assert sizes(512, 1024, 2, "cuda") == (512, 512, torch.bfloat16)  # of a GPU all: tiles are kept by sizes
+    assert sizes(2**18, 2, 2, "cuda") == (1, 2**18, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("exchange", "parts"), [("tokens", 3), ("weights", 1)])
