@@ -8,7 +8,9 @@ A program has a block of positions of one row and a block of channels. Forward i
 which another program has just read, from the L2 cache. Backward it makes w, the anti-causal shift of the output's gradient, from that
 gradient alone; then the gradient of u is a * gradient + b * w, and the sums for a and b are those of gradient * u and of w * u over the
 block's own positions, because the shift's transpose may stand on either side. So nothing but u is saved. The sums go to memory by block
-and channel, 2 * 4 bytes for BLOCK_S numbers of u, and are added in order.
+and channel, 2 * 4 bytes for BLOCK_S numbers of u, and are added in order. With the boundary "clamp" a document's first token has the
+gradients of `shift` positions: a program whose block begins a document, the first of every row is one, adds them up by as many steps one
+after the other, a read each. So with shifts of a thousand the backward pass is as long as such a program.
 
 Slices of the width with shifts of their own are launched one by one, the shift being an argument and not a constant: a model has one
 for each layer. Letters, here only: B rows, S positions, D channels of u, W channels of the slice, `part` channels that share a factor.
