@@ -30,9 +30,9 @@ class RowAdam:
     table gets from an op without adam: it is returned, and whoever owns the table's .grad must spend it.
     Every backward pass through the op is a step, also one that asks for other gradients alone (torch.autograd.grad).
 
-    exp_avg_LD, exp_avg_sq_LD: float32, shape of the table; the second is not negative, which nobody looks at, it would be a pass over the
-    table: the root of a negative one is NaN, and so is then the number that is stepped. steps_L: int32, the steps that each row has made. All are changed in place, as is the table,
-    which must be a leaf, float32 and contiguous. No two share a storage. lr, betas,
+    exp_avg_LD, exp_avg_sq_LD: float32, shape of the table; the second is not negative, which nobody looks at, as it would be a pass over
+    the table: the root of a negative one is NaN, and so is then the number that is stepped. steps_L: int32, the steps that each row has
+    made. All are changed in place, as is the table, which must be a leaf, float32 and contiguous. No two share a storage. lr, betas,
     eps, weight_decay (decoupled): of torch.optim.AdamW; they are read when the op is called. ValueError: settings outside their range.
     """
 
