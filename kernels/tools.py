@@ -49,7 +49,8 @@ class Form:
 class Compiled:
     """What the compiler made of one kernel. registers: per thread. spilled: bytes per thread. shared: bytes per program.
 
-    products: where it may count elements in 32 bits (kernels/offsets.py).
+    products: where it may count elements in 32 bits (kernels/offsets.py). loaded, stored: the most bytes that a thread reads from
+    memory, or writes to it, by one instruction; 0 on AMD, where nobody looks.
     """
 
     kernel: str
@@ -57,6 +58,8 @@ class Compiled:
     spilled: int
     shared: int
     products: Products = field(default_factory=Products)
+    loaded: int = 0
+    stored: int = 0
 
 
 def compile_form(form: Form, *, target: str) -> list[Compiled]:
@@ -118,7 +121,17 @@ def measure_cubin(kernel: Any) -> Compiled:
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if usage is None:
         raise RuntimeError(f"cuobjdump must name REG and STACK of {kernel.name}, got: {text}")
-    return Compiled(kernel.name, int(usage[1]), int(usage[2]), kernel.metadata.shared)
+    loaded, stored = widest(kernel.asm["ptx"])
+    return Compiled(kernel.name, int(usage[1]), int(usage[2]), kernel.metadata.shared, loaded=loaded, stored=stored)
+
+
+def widest(ptx: str) -> tuple[int, int]:
+    """The most bytes of one load from global memory (asynchronous copies are loads), and of one store."""
+    moved: dict[str, list[int]] = {"ld": [0], "st": [0]}
+    for kind, count, bits in re.findall(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)\s", ptx):
+        moved[kind].append(int(count or 1) * int(bits) // 8)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[\w.:]* \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+    return max([*moved["ld"], *(int(size, 0) for size in copies)]), max(moved["st"])
 
 
 def measure_amdgcn(kernel: Any) -> Compiled:

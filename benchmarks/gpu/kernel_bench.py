@@ -92,8 +92,9 @@ class Bench:
 
     functions: by column. ours: those that are checked, twice, and must give the same bits. judged: the one whose share of the attainable
     rate counts. faster, rival: the ratio column is rival's time / faster's. leaf_names: for the check's message. adapt: other inputs
-    for a function that needs them, made before the clock starts. checked: the inputs as `check` takes them. share: bars of the
-    share by pass; speedup: of the ratio, in both.
+    for a function that needs them, made before the clock starts. checked: the inputs as `check` takes them. only: the layers that a
+    function is timed on, where not on all. share: bars of the share by pass; speedup: of the ratio, in both; bars: the rows
+    that they are judged on, by layer and zipf.
     """
 
     op: str
@@ -111,8 +112,14 @@ class Bench:
     notes: tuple[str, ...] = ()
     adapt: Mapping[str, Callable[[Inputs], Inputs]] = field(default_factory=dict)
     checked: Callable[[Inputs], Inputs] = field(default=lambda inputs: inputs)
+    only: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     share: Mapping[str, float] = field(default_factory=dict)
     speedup: float | None = None
+    bars: Callable[[Any, bool], bool] = field(default=lambda layer, zipf: True)
+
+    def timed(self, layer: Layer) -> list[str]:
+        """The functions that are timed on a layer."""
+        return [name for name in self.functions if self.only.get(name, lambda layer: True)(layer)]
 
 
 def with_gradients(function: Function, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -139,7 +146,8 @@ def check(bench: Bench, layer: Layer, *, zipf: bool, device: torch.device) -> No
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. shares: of attainable, by the definition's bytes and by those of our launches; None: not measured."""
+    """One line of the table. shares: of attainable, by the definition's bytes and by those of our launches; None: not measured. bars: they
+    are judged on it."""
 
     layer: str
     zipf: bool
@@ -149,6 +157,7 @@ class Row:
     shares: tuple[float | None, float | None]
     ratio: float | None
     tflops: float | None
+    bars: bool
 
     @property
     def routing(self) -> str:
@@ -170,10 +179,11 @@ def measure(bench: Bench, layer: Layer, machine: Machine, speeds: Speeds, *, zip
     work = bench.work(layer, backward=backward)
     bound, own = (1e3 * max(work.flops / speeds.flops, moved / speeds.bandwidth) for moved in (work.bound, work.own))
     functions = calls(bench, layer, machine, zipf=zipf, backward=backward)
-    times = time_all(functions) if machine.measures else run_once(functions)
+    found = time_all(functions) if machine.measures else run_once(functions)
+    times = {name: found.get(name, Times((), ())) for name in bench.functions}
     ours, faster, rival = (median(times[name].gpu) for name in (bench.judged, bench.faster, bench.rival))
     return Row(
-        layer.name, zipf, backward, times, bound,
+        layer.name, zipf, backward, times, bound, bars=bench.bars(layer, zipf),
         shares=(None, None) if ours is None else (bound / ours, own / ours),
         ratio=rival / faster if rival and faster else None,
         tflops=work.flops / ours * 1e-9 if ours else None,
@@ -184,7 +194,7 @@ def calls(
     bench: Bench, layer: Layer, machine: Machine, *, zipf: bool, backward: bool
 ) -> dict[str, Callable[[int], object]]:
     """What is timed, by name; turn after turn other inputs, and none that another function has just read."""
-    names, first = list(bench.functions), bench.make(layer, zipf=zipf, seed=0, device=machine.device)
+    names, first = bench.timed(layer), bench.make(layer, zipf=zipf, seed=0, device=machine.device)
     smallest = min(bench.adapt.get(name, lambda same: same)(first).num_bytes for name in names)
     count = num_sets(smallest, machine, functions=len(names))
     sets = [first, *(bench.make(layer, zipf=zipf, seed=seed, device=machine.device) for seed in range(1, count))]
@@ -199,7 +209,7 @@ def calls(
 
 def verdicts(bench: Bench, rows: Sequence[Row]) -> list[str]:
     """A line for each bar: forward's share, that of both passes, and the ratio."""
-    lines = []
+    lines, rows = [], [row for row in rows if row.bars]
     for part, limit in bench.share.items():
         found = {f"{row.layer} {row.routing}": row.shares[0] for row in rows if row.part == part}
         lines.append(Bar(f"{bench.op} {part}, share of attainable,", "at least", limit, percent=True).verdict(found))

@@ -8,7 +8,7 @@ Called by: benchmarks/kernels/bench_peer_experts.py and bench_embedding_bag.py.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 
@@ -35,18 +35,20 @@ from benchmarks.gpu.timing import (
 from kernels.tables.routes import TableRoutes
 
 COPIED = 1 << 30  # bytes read, and as many written: many times the cache
+ROUTES = "routes"
 SCATTER = 0x9E3779B1  # an odd number: neighbours in popularity are not neighbours in memory
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A table layer and the tokens of one step. num_entries: a power of two."""
+    """A table layer and the tokens of one step. num_entries: a power of two. dtype: of the tables; rows are bf16."""
 
     name: str
     tokens: int
     d_model: int
     num_entries: int
     choices: int
+    dtype: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def routes_of(entry_TA: Tensor) -> TableRoutes:
 def work(traffic: ModuleType, layer: Layer, *, backward: bool) -> Work:
     """Of one pass. traffic: kernels/<op>/traffic.py."""
     shape = traffic.layer(tokens=layer.tokens, choices=layer.choices, entries=layer.num_entries, d_model=layer.d_model)
+    shape = replace(shape, table_size=layer.dtype.itemsize)
     own = traffic.passes(shape)["backward" if backward else "forward"].total
     return Work(traffic.flops(shape, backward=backward), traffic.must_move(shape, backward=backward), own)
 
@@ -93,7 +96,7 @@ def copy_bandwidth(machine: Machine) -> float | None:
 def calls(
     bench: Bench, layer: Layer, machine: Machine, *, zipf: bool, backward: bool
 ) -> dict[str, Callable[[int], object]]:
-    """What is timed, by name: the function, or only its backward pass; turn after turn other inputs."""
+    """What is timed, by name: the function, or only its backward pass; turn after turn other inputs. And the routes of ours."""
     names, first = list(bench.functions), bench.make(layer, zipf=zipf, seed=0, device=machine.device)
     count = num_sets(first.num_bytes, machine, functions=len(names))
     sets = [first, *(bench.make(layer, zipf=zipf, seed=seed, device=machine.device) for seed in range(1, count))]
@@ -101,15 +104,17 @@ def calls(
     def place(name: str, turn: int) -> int:
         return (turn + names.index(name) * count // len(names)) % count
 
+    found: dict[str, Callable[[int], object]]
+    found = {ROUTES: lambda turn: routes_of(sets[place(bench.judged, turn)].rest.entry_TA)}
     if not backward:
-        return {name: lambda turn, name=name: bench.functions[name](sets[place(name, turn)]) for name in names}
+        return {name: lambda turn, name=name: bench.functions[name](sets[place(name, turn)]) for name in names} | found
     outputs = {name: [bench.functions[name](each) for each in sets] for name in names}
 
     def gradients(name: str, turn: int) -> object:
         inputs, output = sets[place(name, turn)], outputs[name][place(name, turn)]
         return torch.autograd.grad(output, inputs.leaves, inputs.gradient, retain_graph=True)
 
-    return {name: lambda turn, name=name: gradients(name, turn) for name in names}
+    return {name: lambda turn, name=name: gradients(name, turn) for name in names} | found
 
 
 @dataclass(frozen=True)
@@ -129,13 +134,18 @@ def measure(
     work = bench.work(layer, backward=backward)
     functions = calls(bench, layer, machine, zipf=zipf, backward=backward)
     times = time_all(functions) if machine.measures else run_once(functions)
-    ours, rival = (median(times[name].gpu) for name in (bench.judged, bench.rival))
+    ours, rival, routes = (median(times[name].gpu) for name in (bench.judged, bench.rival, ROUTES))
     part, routing = "bwd" if backward else "fwd", "Zipf 1.0" if zipf else "uniform"
     cells = [layer.name, routing, part, *(milliseconds(each.gpu) for each in times.values()), hosts(times.values())]
-    if ours is None or rival is None or bandwidth is None:
-        return Row(layer.name, zipf, part, f"| {' | '.join([*cells, *[NOT_MEASURED] * 4])} |", None)
+    if ours is None or rival is None or routes is None or bandwidth is None:
+        return Row(layer.name, zipf, part, f"| {' | '.join([*cells, *[NOT_MEASURED] * 5])} |", None)
     speeds = [moved / (ours * 1e-3) for moved in (work.bound, work.own)]
-    cells += [f"{rival / ours:.2f}", f"{speeds[0] / 1e9:,.0f}", *(f"{speed / bandwidth:.0%}" for speed in speeds)]
+    cells += [
+        f"{rival / ours:.2f}",
+        f"{rival / (ours + routes):.2f}",
+        f"{speeds[0] / 1e9:,.0f}",
+        *(f"{speed / bandwidth:.0%}" for speed in speeds),
+    ]
     return Row(layer.name, zipf, part, f"| {' | '.join(cells)} |", speeds[0] / bandwidth)
 
 
@@ -143,10 +153,12 @@ def head(bench: Bench, machine: Machine, bandwidth: float | None, speeds: Speeds
     """What stands above the rows."""
     copied = NOT_MEASURED if bandwidth is None else f"{bandwidth / 1e12:.3f} TB/s"
     notes = [
-        "bf16, tables in bf16; bwd: the backward pass alone, with the gradient of every input",
+        "bf16, tables too where the layer does not say else; bwd: the backward pass alone, with the gradient of every input",
         f"milliseconds: median of {CALLS} calls ± half the distance of the quartiles; all functions in turn, over inputs of their own",
         QUEUE_NOTE,
         *bench.notes,
+        f"{ROUTES}: the stable sort by entry and the ends of the ranges, which a layer makes once for both passes; in no time of ours. "
+        "torch sorts inside its own backward pass, so the ratio stands there with the routes, too",
         f"copy: {copied}, of 1 GiB by torch, read and written, in this run; the peak is {speeds.bandwidth / 1e12:.2f} TB/s",
         "must move: inputs and results once, a row of a table for each copy that reads it, a gradient of the size of the table written "
         "once; GB/s and share are of these bytes, share of own of the bytes of our launches where entries are chosen alike. By Zipf's law "
@@ -157,8 +169,10 @@ def head(bench: Bench, machine: Machine, bandwidth: float | None, speeds: Speeds
         "routing",
         "pass",
         *bench.functions,
+        ROUTES,
         "host",
         f"{bench.rival} / {bench.judged}",
+        f"{bench.rival} / ({bench.judged} + {ROUTES})",
         "GB/s",
         "share of copy",
     ]

@@ -25,10 +25,14 @@ CALLS, WARM_UP = 30, 5
 NOT_MEASURED = "not measured"
 LEAST_QUEUED = 2.5  # milliseconds
 CYCLES = 2_000_000  # of a millisecond; an H100 and an H200 run at no more than 1.98 GHz, so a sleep is never shorter than it is asked for
+# A call that takes the host longer waits for the device, where a long sleep before it helps nothing: 30 calls behind twice their host
+# time took a form of 0.2 s, which reads a flag back, 19 s for each row of a table.
+WAITS, FEW_CALLS = 20.0, 10  # milliseconds; the calls of such a function
 QUEUE_NOTE = (
     f"each call is launched while the GPU sleeps, for {LEAST_QUEUED} ms or twice the call's host time, whichever is longer, so that its "
     "kernels are timed and not their launches. host: milliseconds in which the host makes a call with nothing queued, median of the "
-    f"{WARM_UP} warm-up calls; work that is not queued takes at least so long"
+    f"{WARM_UP} warm-up calls; work that is not queued takes at least so long. A call of more than {WAITS:.0f} ms of the host, which as a "
+    f"rule waits for the GPU, is made {FEW_CALLS} times, behind a sleep of {2 * WAITS:.0f} ms"
 )
 
 
@@ -142,13 +146,11 @@ class Times:
 def time_all(functions: Mapping[str, Callable[[int], object]], *, calls: int = CALLS) -> dict[str, Times]:
     """All functions in turn, so that a slow moment of the GPU hits all of them.
 
-    A function is given the number of its turn, by which it chooses among its input sets; warm-up calls have negative ones.
+    A function is given the number of its turn, by which it chooses among its input sets; warm-up calls have negative ones. One whose
+    host time is above WAITS has FEW_CALLS turns.
     """
     host: dict[str, list[float]] = {name: [] for name in functions}
-    events = {
-        name: [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
-        for name in functions
-    }
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in functions}
     for turn in range(-WARM_UP, calls):
         for name, function in functions.items():
             if turn < 0:
@@ -157,9 +159,13 @@ def time_all(functions: Mapping[str, Callable[[int], object]], *, calls: int = C
                 function(turn)
                 host[name].append(1e3 * (time.perf_counter() - began))
                 continue
+            took = statistics.median(host[name])
+            if took > WAITS and turn >= FEW_CALLS:
+                continue
             # Work that is queued before, so that what is timed are the kernels and not their launches.
-            torch.cuda._sleep(int(CYCLES * max(LEAST_QUEUED, 2 * statistics.median(host[name]))))
-            start, end = events[name][turn]
+            torch.cuda._sleep(int(CYCLES * max(LEAST_QUEUED, 2 * min(took, WAITS))))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            events[name].append((start, end))
             start.record()
             function(turn)
             end.record()

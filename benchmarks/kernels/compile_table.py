@@ -47,30 +47,33 @@ class Cell:
 
 @dataclass(frozen=True)
 class Report:
-    """All cells, the forms (op, form) that may spill, and the products behind addresses."""
+    """All cells, the forms (op, form) that may spill, the products behind addresses, and the bytes of the widest load and store."""
 
     cells: dict[Place, Cell]
     may_spill: set[tuple[str, str]]
     products: Products
+    widest: dict[Place, tuple[int, int]]
 
 
 def compile_all(targets: tuple[str, ...] = TARGETS) -> Report:
     """Compile every form of every op for each target, in as many processes as there are cores."""
     ops = sorted(path.parent.name for path in ROOT.glob("kernels/*/forms.py"))
-    cells, may_spill, products = {}, set(), Products()
+    cells, may_spill, products, widest = {}, set(), Products(), {}
     # spawn: a fork of a process with threads (pytest's, torch's) may hang.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as processes:
         for part in processes.map(compile_op, *zip(*((op, target) for op in ops for target in targets), strict=True)):
             cells.update(part.cells)
             may_spill.update(part.may_spill)
             products |= part.products
-    return Report(cells, may_spill, products)
+            widest.update(part.widest)
+    return Report(cells, may_spill, products, widest)
 
 
 def compile_op(op: str, target: str) -> Report:
     from kernels.tools import compile_form
 
     cells: dict[Place, Cell] = {}
+    widest: dict[Place, tuple[int, int]] = {}
     products = Products()
     forms = importlib.import_module(f"kernels.{op}.forms").FORMS
     for form in forms:
@@ -78,9 +81,11 @@ def compile_op(op: str, target: str) -> Report:
         for compiled in compile_form(form, target=target):
             count = seen[compiled.kernel] = seen.get(compiled.kernel, 0) + 1
             name = compiled.kernel if count == 1 else f"{compiled.kernel}#{count}"
-            cells[Place(op, form.name, name, target)] = Cell(compiled.registers, compiled.spilled, compiled.shared)
+            place = Place(op, form.name, name, target)
+            cells[place] = Cell(compiled.registers, compiled.spilled, compiled.shared)
+            widest[place] = (compiled.loaded, compiled.stored)
             products |= compiled.products
-    return Report(cells, {(op, form.name) for form in forms if form.can_spill}, products)
+    return Report(cells, {(op, form.name) for form in forms if form.can_spill}, products, widest)
 
 
 def as_table(cells: dict[Place, Cell]) -> str:

@@ -48,10 +48,10 @@ def shift_mix(
         ValueError: shapes, dtypes or devices that do not fit together, a shift below 1; "triton" without a GPU.
     """
     whole = isinstance(shifts, (tuple, list)) and shifts and all(_is_whole(shift, least=1) for shift in shifts)
-    if u_BSD.ndim != 3 or not whole or u_BSD.shape[2] % len(shifts):
+    if u_BSD.ndim != 3 or not whole or not u_BSD.shape[2] or u_BSD.shape[2] % len(shifts):
         raise ValueError(
-            "u must be [B, S, D] with a D that the number of shifts divides, and these a tuple of whole numbers, all of at least 1, got "
-            f"{list(u_BSD.shape)} and {shifts}: change one of them"
+            "u must be [B, S, D] with a D of at least 1 that the number of shifts divides, and these a tuple of whole numbers, all of at "
+            f"least 1, got {list(u_BSD.shape)} and {shifts}: change one of them"
         )
     _check_factors(u_BSD, a_X, b_X, backend=backend, function="shift_mix")
     _check_boundary(boundary, function="shift_mix")

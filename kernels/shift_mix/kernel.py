@@ -8,7 +8,9 @@ A program has a block of positions of one row and a block of channels. Forward i
 which another program has just read, from the L2 cache. Backward it makes w, the anti-causal shift of the output's gradient, from that
 gradient alone; then the gradient of u is a * gradient + b * w, and the sums for a and b are those of gradient * u and of w * u over the
 block's own positions, because the shift's transpose may stand on either side. So nothing but u is saved. The sums go to memory by block
-and channel, 2 * 4 bytes for BLOCK_S numbers of u, and are added in order.
+and channel, 2 * 4 bytes for BLOCK_S numbers of u, and are added in order. With the boundary "clamp" a document's first token has the
+gradients of `shift` positions: a program whose block begins a document, the first of every row is one, adds them up by as many steps one
+after the other, a read each. So with shifts of a thousand the backward pass is as long as such a program.
 
 Slices of the width with shifts of their own are launched one by one, the shift being an argument and not a constant: a model has one
 for each layer. Letters, here only: B rows, S positions, D channels of u, W channels of the slice, `part` channels that share a factor.
@@ -26,19 +28,23 @@ from torch import Tensor
 
 BLOCK_S, BLOCK_D, NUM_WARPS = 32, 128, 8  # 32: 4 % more bytes backward for the sums, in bf16
 STEP_BLOCK = 256
-UNSPECIALIZED = ["S", "shift", "first_d"]  # a layer's shift and a row's length compile nothing new
+UNSPECIALIZED = ["S", "shift", "number"]  # a layer's shift, a row's length and a slice compile nothing new
 
 
 @triton.jit
-def _place(S, first_d, D: tl.constexpr, W: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The program's row as its first position, its positions in the row, its channels, and which of both exist."""
+def _place(S, number, D: tl.constexpr, W: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The program's row as its first position, its positions in the row, its channels, and which of both exist.
+
+    The slice begins at a multiple of the constant W, so the compiler knows how channels are aligned: in bf16 8 in one load, where it
+    knows nothing of the first channel 1.
+    """
     column_blocks: tl.constexpr = (W + BLOCK_D - 1) // BLOCK_D
     block = tl.program_id(0) // column_blocks
     row_blocks = tl.cdiv(S, BLOCK_S)
     base = (block // row_blocks).to(tl.int64) * S
     t = (block % row_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
     in_slice = (tl.program_id(0) % column_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    return base, t, first_d + in_slice, t < S, in_slice < W, block
+    return base, t, number * W + in_slice, t < S, in_slice < W, block
 
 
 @triton.jit
@@ -52,11 +58,11 @@ def _begin(first, base, t, inside):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def mix_kernel(
-    u, a, b, first, y, S, shift, first_d,
+    u, a, b, first, y, S, shift, number,
     D: tl.constexpr, W: tl.constexpr, PART: tl.constexpr, BOUNDARY: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    base, t, d, in_row, in_slice, _ = _place(S, first_d, D, W, BLOCK_S, BLOCK_D)
+    base, t, d, in_row, in_slice, _ = _place(S, number, D, W, BLOCK_S, BLOCK_D)
     begin = _begin(first, base, t, in_row)
     inside = in_row[:, None] & in_slice[None, :]
     own = tl.load(u + (base + t)[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -77,12 +83,12 @@ def mix_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_kernel(
-    gradient, u, a, b, first, of_u, sums, S, shift, first_d,
+    gradient, u, a, b, first, of_u, sums, S, shift, number,
     D: tl.constexpr, W: tl.constexpr, PART: tl.constexpr, BOUNDARY: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """of_u, and for each block of positions the sums (2, D) for a and b. Either may be None."""
-    base, t, d, in_row, in_slice, block = _place(S, first_d, D, W, BLOCK_S, BLOCK_D)
+    base, t, d, in_row, in_slice, block = _place(S, number, D, W, BLOCK_S, BLOCK_D)
     begin = _begin(first, base, t, in_row)
     inside = in_row[:, None] & in_slice[None, :]
     at = (base + t)[:, None] * D + d[None, :]
@@ -191,7 +197,7 @@ def _launches(u_BSD: Tensor, a_X: Tensor, *, shifts: list[int], boundary: str) -
     return [
         (
             (blocks,),
-            {"S": length, "shift": min(shift, length), "first_d": number * slice_width, "BOUNDARY": boundary} | sizes,
+            {"S": length, "shift": min(shift, length), "number": number, "BOUNDARY": boundary} | sizes,
         )
         for number, shift in enumerate(shifts)
         if blocks

@@ -24,13 +24,15 @@ class RowAdam:
     other rank holds too, with accumulation_steps 1. A row that several copies read is stepped once.
 
     Where a table or its state has changed since the forward pass, the step is refused (RuntimeError): a table that is used twice before
-    the backward pass, by one layer or by two, is stepped once and then refused, under torch.utils.checkpoint too. Not seen are two
-    uses under checkpoint with use_reentrant=True, which has no graph in the forward pass: there each use takes a step. Not seen
-    is a gradient that the same table gets from an op without adam: it is returned, and whoever owns the table's .grad must spend it.
+    the backward pass, by one layer or by two, is stepped once and then refused, under torch.utils.checkpoint too. Not seen is a change
+    through .data, which torch does not count: the step is made from what the table then holds. Not seen are two uses under checkpoint
+    with use_reentrant=True, which has no graph in the forward pass: there each use takes a step. Not seen is a gradient that the same
+    table gets from an op without adam: it is returned, and whoever owns the table's .grad must spend it.
     Every backward pass through the op is a step, also one that asks for other gradients alone (torch.autograd.grad).
 
-    exp_avg_LD, exp_avg_sq_LD: float32, shape of the table; the second is not negative. steps_L: int32, the steps that each row
-    has made. All are changed in place, as is the table, which must be a leaf, float32 and contiguous. No two share a storage. lr, betas,
+    exp_avg_LD, exp_avg_sq_LD: float32, shape of the table; the second is not negative, which nobody looks at, as it would be a pass over
+    the table: the root of a negative one is NaN, and so is then the number that is stepped. steps_L: int32, the steps that each row has
+    made. All are changed in place, as is the table, which must be a leaf, float32 and contiguous. No two share a storage. lr, betas,
     eps, weight_decay (decoupled): of torch.optim.AdamW; they are read when the op is called. ValueError: settings outside their range.
     """
 

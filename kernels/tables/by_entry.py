@@ -23,7 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PLACES = 128  # of a program; the hottest of 1,024^2 experts has some 13,000 copies of 262,144 tokens, their mean is 32
+from kernels.tables.traffic import places_for
+
+# Of a program, more where programs would be too many (traffic.py). The hottest of 1,024^2 experts has some 13,000 copies of 262,144
+# tokens, their mean is 32.
+PLACES = 128
 MAX_COLUMNS = 1024  # of a program: 8 for each thread of 4 warps
 PARTS, PART_COLUMNS = 16, 256  # of a step of add_parts_kernel
 COUNTED = 1024  # places of a program of count_steps_kernel
@@ -160,10 +164,11 @@ def add_runs(
     numbers = settings or [0.0] * 7
     if steps is not None:
         count_steps_kernel[(triton.cdiv(num_copies, COUNTED),)](entry_C, order_C, steps, num_copies, COUNTED)
-    programs = triton.cdiv(num_copies, PLACES)
+    places = places_for(num_copies, least=PLACES)
+    programs = triton.cdiv(num_copies, places)
     parts = source_RD.new_empty(programs, 2, width, dtype=torch.float32)
     columns = min(MAX_COLUMNS, max(32, triton.next_power_of_2(width)))
-    rest = (out_LD, exp_avg, exp_avg_sq, steps, num_copies, *numbers, width, PLACES)
+    rest = (out_LD, exp_avg, exp_avg_sq, steps, num_copies, *numbers, width, places)
     add_runs_kernel[programs, triton.cdiv(width, columns)](
         source_RD, index_C, weights_C, entry_C, order_C, parts, *rest, columns, num_warps=max(1, columns // 256)
     )

@@ -56,7 +56,7 @@ class TableRoutes:
 
         Raises:
             ValueError: dtypes, shapes or numbers of rows that break the above, 2**31 - 4096 copies or more, or, on a CPU, rows that do not
-                ascend or lie outside.
+                ascend or lie outside, or an order that is another one.
         """
         _check_sizes(num_rows=num_rows, num_outputs=num_outputs)
         _check_copies(entry_C, row_C, output_C, order_C)
@@ -65,6 +65,8 @@ class TableRoutes:
                 _check_ascending(name, index_C, size)
         if order_C is None:
             order_C = entry_C.argsort(stable=True).int()
+        elif order_C.is_cpu and not torch.compiler.is_compiling():
+            _check_order(order_C, entry_C)
         row_ends_R = _ends(row_C, num_rows)
         one_space = output_C is row_C and num_rows == num_outputs
         output_ends_P = row_ends_R if one_space else _ends(output_C, num_outputs)
@@ -72,11 +74,15 @@ class TableRoutes:
 
 
 def check_tables(op: str, routes: TableRoutes, gates_C: Tensor | None, /, **tensors: Tensor) -> None:
-    """The tensors have rows of one width and lie on the device of the routes; those but "rows" are tables of equal length."""
+    """The tensors have rows of one width, at least 1, and lie on the device of the routes; those but "rows" are tables of equal length."""
     device = routes.entry_C.device
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if any(tensor.ndim != 2 for tensor in tensors.values()) or len({shape[1] for shape in shapes.values()}) > 1:
         raise ValueError(f"{op} needs rows [R, D] and tables [L, D] of one width D, got {shapes}: slice or reshape one")
+    if 0 in {shape[1] for shape in shapes.values()}:
+        raise ValueError(
+            f"{op} needs rows and tables of a width of at least 1, got {shapes}: a part without columns has no work"
+        )
     lengths = {name: shape[0] for name, shape in shapes.items() if name != "rows"}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{op} needs tables of one length L, got {lengths}: they must be the parts of one bank")
@@ -190,6 +196,20 @@ def _check_ascending(name: str, index_C: Tensor, size: int) -> None:
     if (index_C[1:] < index_C[:-1]).any():
         raise ValueError(f"{name} must ascend, but does not: give the copies in the order of their rows")
     _check_range(name, index_C, size)
+
+
+def _check_order(order_C: Tensor, entry_C: Tensor) -> None:
+    """No two neighbours out of order means each copy once: a step along the order is up in the entry, or else in the copy."""
+    _check_range("order_C", order_C, len(entry_C))
+    up_C = entry_C.index_select(0, order_C).diff()
+    wrong_C = (up_C < 0) | ((up_C == 0) & (order_C.diff() <= 0))
+    if wrong_C.any():
+        place = int(wrong_C.nonzero()[0])
+        copies = order_C[place : place + 2]
+        raise ValueError(
+            f"order_C must hold each copy once, sorted stably by entry_C, got the copies {copies.tolist()} of the entries "
+            f"{entry_C[copies].tolist()} at the places {place} and {place + 1}: pass what a stable sort gave, or leave it out"
+        )
 
 
 def _check_range(name: str, index_C: Tensor, size: int) -> None:

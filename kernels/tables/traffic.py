@@ -1,6 +1,7 @@
-"""The bytes of the passes over a table, from the shapes. Owns: the count of every launch. Does not own: which launches make an operation.
+"""The bytes of the passes over a table, from the shapes. Owns: the count of every launch, and how many places a program of by_entry.py has,
+which the bytes of its parts follow from. Does not own: which launches make an operation.
 
-Called by: kernels/peer_experts/traffic.py and kernels/embedding_bag/traffic.py.
+Called by: kernels/peer_experts/traffic.py and kernels/embedding_bag/traffic.py; by_entry.py for the places.
 
 `read` and `written` count each element once. A row of the table that several copies read is read for each of them where the table
 is larger than the cache and its copies lie far apart: `again` counts these, what a GPU moves lies between read and read + again.
@@ -12,7 +13,10 @@ from dataclasses import dataclass
 from kernels.traffic import Example, Pass, Traffic, examples
 
 FLOAT, INT, INDEX = 4, 4, 8  # numbers per copy, moments and parts; ends, the order and steps; row_C and output_C
-PLACES = 128  # of a program of by_entry.py
+PLACES = 128  # of a program of by_entry.py, or so many times 2 that there are no more programs than this:
+MAX_PROGRAMS = (
+    2**16
+)  # 537 MB of parts at D 1,024; 128 places are kept up to 65,536 tokens of 128 copies, and 262,144 would take 2.1 GB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +56,27 @@ class Shape:
     @property
     def programs(self) -> int:
         """Of by_entry.py."""
-        return -(-self.copies // self.places)
+        return -(-self.copies // places_for(self.copies, least=self.places))
 
     def row_bytes(self, num_rows: int) -> int:
         return num_rows * self.d_model * self.row_size
+
+
+def places_for(copies: int, *, least: int = PLACES) -> int:
+    """Sorted places of a program of by_entry.py."""
+    places = least
+    while -(-copies // places) > MAX_PROGRAMS:
+        places *= 2
+    return places
+
+
+def scratch(shape: Shape) -> int:
+    """Bytes of the parts that are allocated while the gradient of a table is made, or its step: two rows of float32 for each program.
+
+    One table after the other has them. Beside them the weights of the copies wait, 4 bytes each. No prediction of a run's memory counts
+    either, as it counts no activations.
+    """
+    return shape.programs * 2 * shape.d_model * FLOAT
 
 
 def expected_touched(*, entries: int, copies: int) -> int:

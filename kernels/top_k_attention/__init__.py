@@ -5,6 +5,8 @@ Owns: the public function, all checks, autocast, and which backends can serve. D
 Called by: model/top_k_attention.py.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def top_k_attention(
         q_BHSC, k_BGMC, v_BGMD: S <= M; H / G neighbouring heads of q share one of k and v, and no copy is made for them. "triton": fp32,
             fp16 or bf16, widths up to 128, other strides are copied first; "torch" and "reference": any floating-point dtypes.
         top_k: None or 0 keeps all keys, exact attention; so does a number above the keys that a query sees. "triton": up to 256, or M.
-        scale: the scores' factor inside the softmax, > 0, so it leaves the selection alone. A learned one: multiply q by it.
+        scale: the scores' factor inside the softmax, > 0 and finite, so it leaves the selection alone. A learned one: multiply q by it.
         first_BS: int32 or int64, the lowest key that each query sees (its document's first, or of a part-filled cache); it does not
             decrease along S. None: 0.
         chunk: for "torch", the most queries that are worked on at once; the peak holds a few buffers of B x H x chunk x M numbers.
@@ -137,8 +139,10 @@ def _check(
         raise ValueError(f"chunk must be at least 1 query, not {chunk}: 1024 is a good size on a GPU")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0):
         raise ValueError(f"top_k must be a whole number of kept keys >= 1, or None or 0 for all keys, not {top_k!r}")
-    if not scale > 0:
-        raise ValueError(f"scale must be above 0, not {scale}: the selection is made before it, so fold a sign into q")
+    if not 0 < scale < math.inf:
+        raise ValueError(
+            f"scale must be above 0 and finite, not {scale}: the selection is made before it, so fold a sign into q"
+        )
     fits = (
         q.ndim == k.ndim == v.ndim == 4 and q.shape[2] <= k.shape[2] and 0 not in (k.shape[1], q.shape[3], v.shape[-1])
     )

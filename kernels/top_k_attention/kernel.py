@@ -8,8 +8,14 @@ Called by: kernels/top_k_attention/op.py and forms.py.
 over the scores that reach it. Nothing of size S x M is written: what is kept of the selection are two numbers per query, `lowest`, the
 lowest score that is kept, and `last`, the highest key that is kept among those with just this score.
 
-All kernels make the scores of a tile by the same product of the same tile (M queries by N keys, all channels at once), so that a score
-is the same number, bit for bit, wherever it is compared.
+All kernels make the scores of a tile by the same product of the same tile (M queries by N keys, all channels at once), and rely on a score
+being the same number, bit for bit, wherever it is compared. In the interpreter it is. On an H100 the compiler may cut the tile into other
+instructions in each kernel (m64n32 and m64n64 were seen): each adds a number's products 16 channels at a time in the same order, so
+the bits should be the same, but no manual says so; tests/gpu compares the keys that each pass keeps. If a score differed by a bit, only
+keys within that bit of `lowest` could be taken otherwise: a pass would leave one out, or take one more, with its true score; none is
+met twice. In the forward pass that is another choice between two almost equal keys. In the backward pass, which has the sum of the
+forward pass, the gradient would lack the weight of that key, the query's least. Rounding scores before they are compared would
+move such borders and not remove them, and keeping the choice itself costs a bit for each pair, or 4 bytes for each kept key.
 
 Letters, here only: M queries and N keys of a tile; C width of q and k, D of v. Rows are (batch, head): row r of the queries reads row
 r // SHARING of keys and values. Tensors are contiguous. `low` and `high`: the lowest and the highest key that a query sees.

@@ -53,25 +53,70 @@ def test_top_k_attention_equals_its_reference(device: torch.device, sizes: tuple
     )
 
 
-@every_dtype
-@pytest.mark.parametrize(
+RAW = pytest.mark.parametrize(
     ("length", "width", "top_k"), full_or_tiny([(2048, 64, 64), (1000, 128, 200), (777, 76, 7)], [(40, 12, 5)])
 )
+SCALE = 0.01  # all weights of a query are nearly equal, so that each is seen
+
+
+def raw(length: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """q and k of two heads, whose scores are as they come."""
+    q, k = (normal(1, 2, length, width, seed=seed, device=device).to(dtype) for seed in (1, 2))
+    return q, k
+
+
+def one_hot(length: int, first: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(1, 2, length, 128): position first + d has channel d for itself, the others have none."""
+    channel = torch.arange(length, device=device)[:, None] == torch.arange(first, first + 128, device=device)
+    return channel.to(dtype).expand(1, 2, -1, -1)
+
+
+def kept_forward(q: Tensor, k: Tensor, top_k: int) -> Tensor:
+    """(2, S, M): whether a query keeps a key, read off by giving each of 128 keys a value channel of its own."""
+    length, found = q.shape[2], []
+    for first in range(0, length, 128):
+        values = one_hot(length, first, q.dtype, q.device)
+        found.append(top_k_attention(q, k, values, top_k=top_k, scale=SCALE, backend="triton")[0] > 0)
+    return torch.cat(found, 2)[:, :, :length]
+
+
+@every_dtype
+@RAW
 def test_each_query_keeps_exactly_top_k_of_the_keys_that_it_sees(
     device: torch.device, length: int, width: int, top_k: int, dtype: torch.dtype
 ):
-    """Scores as they come: one that differed by a bit between the search and the product would be a key too many or too few.
+    """One score that differed by a bit between the search and the product would be a key too many or too few."""
+    kept = kept_forward(*raw(length, width, dtype, device), top_k).sum(2)
+    assert torch.equal(kept[0], torch.arange(1, length + 1, device=device).clamp(max=top_k))
+    assert torch.equal(kept[0], kept[1])
 
-    Read off by giving each of 128 keys a value channel of its own, and the others none.
-    """
-    q, k = (normal(1, 2, length, width, seed=seed, device=device).to(dtype) for seed in (1, 2))
-    kept = torch.zeros(1, 2, length, dtype=torch.int64, device=device)
+
+@every_dtype
+@RAW
+def test_the_backward_pass_keeps_the_keys_of_the_forward_pass(
+    device: torch.device, length: int, width: int, top_k: int, dtype: torch.dtype
+):
+    """The gradient of v is the weights, where the output's gradient gives each of 128 queries a channel of its own. That of q is held
+    against a softmax over the keys of the forward pass, in float64: a key more or less is 7 % of a query's or more."""
+    q, k = raw(length, width, dtype, device)
+    kept = kept_forward(q, k, top_k)
+    v = normal(1, 2, length, 128, seed=3, device=device).to(dtype).requires_grad_()
+    output = top_k_attention(q, k, v, top_k=top_k, scale=SCALE, backend="triton")
     for first in range(0, length, 128):
-        channel = torch.arange(length, device=device)[:, None] == torch.arange(first, first + 128, device=device)
-        values = channel.to(dtype).expand(1, 2, -1, -1)
-        kept += (top_k_attention(q, k, values, top_k=top_k, scale=0.01, backend="triton") > 0).sum(-1)
-    assert torch.equal(kept[0, 0], torch.arange(1, length + 1, device=device).clamp(max=top_k))
-    assert torch.equal(kept[0, 0], kept[0, 1])
+        gradient = one_hot(length, first, dtype, device)
+        (weights,) = torch.autograd.grad(output, v, gradient, retain_graph=True)
+        queries = kept[:, first : first + 128]
+        assert torch.equal(weights[0].mT[:, : queries.shape[1]] > 0, queries)
+
+    q.requires_grad_()
+    gradient = normal(1, 2, length, 128, seed=4, device=device).to(dtype)
+    output = top_k_attention(q, k, v, top_k=top_k, scale=SCALE, backend="triton")
+    (found,) = torch.autograd.grad(output, q, gradient)
+    wide = q.detach().double().requires_grad_()
+    scores = (wide @ k.double().mT * SCALE).masked_fill(~kept, float("-inf"))
+    (wanted,) = torch.autograd.grad(scores.softmax(-1) @ v.detach().double(), wide, gradient.double())
+    off = (found.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    assert off[:, :, top_k:].max() < 0.03  # the queries before keep all that they see
 
 
 def test_more_numbers_than_an_int32_counts(device: torch.device):

@@ -47,6 +47,12 @@ NARROW = (
     ("sort_routes/kernel.py", "c = (program * steps + step) * B + b", 2, ROWS),
     ("sort_routes/kernel.py", "free += tl.histogram(ids, G_POWER, mask=c < C)", 1, ROWS),
     (
+        "shift_mix/kernel.py",
+        "return base, t, number * W + in_slice, t < S, in_slice < W, block",
+        1,
+        COLUMN,
+    ),
+    (
         "switchhead_project/kernel.py",
         "return (t[:, None] * H + head) * K + k[None, :], inside[:, None] & (k < K)[None, :]",
         1,
@@ -150,6 +156,30 @@ def test_shared_memory_fits_on_the_device(report: Report) -> None:
     limits: dict[str, int] = dict(zip(TARGETS, (227 << 10, 163 << 10, 64 << 10), strict=True))
     too_much = {place: cell.shared for place, cell in report.cells.items() if cell.shared > limits[place.target]}
     assert not too_much
+
+
+def test_rows_are_loaded_and_stored_by_several_numbers_at_a_time(report: Report) -> None:
+    """8 bytes of a width like 412 in 16 bits. One number at a time is what an alignment that the compiler does not know comes to."""
+    found = {place: moved for place, moved in report.widest.items() if place.target != "gfx942"}
+    one_by_one = {place: moved for place, moved in found.items() if moved[0] < 8 and place.kernel != "step_kernel"}
+    assert not one_by_one, "(loaded, stored) bytes: give the compiler a multiple of a constant, or let it specialise"
+    rows = {place: moved for place, moved in found.items() if place.kernel in ("mix_kernel", "backward_kernel")}
+    assert not {place: moved for place, moved in rows.items() if moved[1] < 8}
+
+
+def test_the_widest_instruction_is_read_from_ptx() -> None:
+    from kernels.tools import widest
+
+    lines = (
+        "ld.global.b16 { %rs1 }, [ %rd1 ];",
+        "ld.global.L1::evict_last.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 ];",
+        "cp.async.cg.shared.global [ %r7 + 0 ], [ %rd9 + 0 ], 0x10, %r8;",
+        "@%p1 st.global.v2.b32 [ %rd1 + 0 ], { %r1, %r2 };",
+        "st.shared.v4.b32 [ %r1 ], { %r1, %r2, %r3, %r4 };",
+    )
+    wanted = ((2, 0), (16, 0), (16, 0), (0, 8), (0, 0))
+    assert tuple(widest(line) for line in lines) == wanted
+    assert widest("\n".join(lines)) == (16, 8)
 
 
 def _sources(places: Iterable[str], expected: Collection[Line]) -> set[tuple[str, str, str]]:

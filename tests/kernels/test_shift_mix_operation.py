@@ -145,6 +145,7 @@ def refused(backend: str = "torch", **changes: Any) -> str:
         ({"shifts": (True,)}, ("whole numbers", "(True,)")),
         ({"shifts": 2}, ("a tuple of whole numbers", "[2, 5, 6] and 2")),
         ({"u": torch.tensor(1.0)}, ("[B, S, D]", "got []")),
+        ({"u": torch.zeros(2, 5, 0)}, ("a D of at least 1", "got [2, 5, 0]")),
         ({"u": torch.zeros(2, 5, 6).long()}, ("must be floats", "u torch.int64", "cast")),
         ({"a": torch.ones(3).int(), "b": torch.ones(3).int()}, ("must be floats", "a and b torch.int32", "cast")),
         ({"boundary": "roll"}, ("zero, self, clamp", "'roll'")),

@@ -22,6 +22,10 @@ ROUTES = make_inputs(WIDE)["routes"]
         ({"activation": "silu"}, "one of gelu, relu, got 'silu'"),
         ({"up": torch.zeros(10, 7)}, "one width D"),
         ({"down": torch.zeros(9, 8)}, "one length L"),
+        (
+            {name: torch.zeros(7 if name == "rows" else 10, 0) for name in ("rows", "up", "down")},
+            "a width of at least 1",
+        ),
         ({"rows": torch.zeros(6, 8)}, "got 6 rows for 7"),
         ({"gates": torch.zeros(25)}, r"gates of peer_experts must be \[26\]"),
         ({"gates": torch.zeros(26, dtype=torch.float64)}, "torch.float64 on cpu"),
@@ -46,6 +50,14 @@ def test_what_does_not_fit_is_refused_in_one_sentence(change: dict[str, Any], wo
         ({"row_C": ROUTES.row_C.int()}, "row_C must be"),
         ({"entry_C": ROUTES.entry_C.float()}, "entry_C must be"),
         ({"output_C": ROUTES.output_C[1:]}, r"output_C must be \[26\]"),
+        ({"order_C": ROUTES.order_C.long()}, r"order_C must be \[26\] of torch.int32"),
+        ({"order_C": ROUTES.order_C + 1}, r"order_C must be in \[0, 26\), got 1 to 26"),
+        ({"order_C": ROUTES.order_C.flip(0)}, "order_C must hold each copy once, sorted stably by entry_C"),
+        ({"order_C": ROUTES.order_C.clamp(min=1)}, "order_C must hold each copy once, sorted stably by entry_C"),
+        (
+            {"order_C": torch.zeros(26, dtype=torch.int32)},
+            r"got the copies \[0, 0\] .* at the places 0 and 1: pass what",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value,
 )
@@ -53,6 +65,17 @@ def test_routes_that_do_not_fit_are_refused(change: dict[str, Tensor], words: st
     given = {"entry_C": ROUTES.entry_C, "row_C": ROUTES.row_C, "output_C": ROUTES.output_C} | change
     with pytest.raises(ValueError, match=words):
         TableRoutes.of(**given, num_rows=7, num_outputs=4)
+
+
+def test_an_order_that_is_sorted_but_not_stable_is_refused_and_the_right_one_taken():
+    entry_C, row_C = torch.tensor([4, 2, 4, 2]), torch.arange(4)
+    for order, right in (([1, 3, 0, 2], True), ([3, 1, 0, 2], False), ([1, 3, 2, 0], False), ([1, 1, 0, 2], False)):
+        order_C = torch.tensor(order, dtype=torch.int32)
+        if right:
+            assert TableRoutes.of(entry_C, row_C, row_C, num_rows=4, num_outputs=4, order_C=order_C).order_C is order_C
+            continue
+        with pytest.raises(ValueError, match="sorted stably"):
+            TableRoutes.of(entry_C, row_C, row_C, num_rows=4, num_outputs=4, order_C=order_C)
 
 
 @pytest.mark.parametrize("name", ["num_rows", "num_outputs"])

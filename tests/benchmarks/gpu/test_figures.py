@@ -14,6 +14,7 @@ from benchmarks.gpu import kernel_bench, layers, timing, training
 from benchmarks.gpu.kernel_bench import Bench, Inputs, Work
 from benchmarks.gpu.timing import Machine, Speeds, Times
 from benchmarks.gpu.training import TINY, TINY_DENSE, Result, read
+from benchmarks.kernels import bench_top_k_attention
 from data.prepare import main as prepare
 from kernels.traffic import Pass, Traffic
 
@@ -90,6 +91,34 @@ def test_a_share_is_the_larger_of_two_floors_over_the_median_and_the_ratio_is_ri
         "- bar: square fwd+bwd, share of attainable, at least 50%: met. ten uniform 80%",
         "- bar: square, rival / ours, at least 1.30: met. ten Zipf 1.0 fwd 1.50; ten uniform fwd+bwd 1.50",
     ]
+
+
+def test_a_function_is_timed_on_its_layers_alone_and_a_bar_is_judged_on_its_rows(monkeypatch):
+    monkeypatch.setattr(
+        kernel_bench, "time_all", lambda functions: {name: Times([2.0, 2.0], [0.5]) for name in functions}
+    )
+    bench = replace(
+        BENCH, only={"rival": lambda layer: layer.size == 10}, bars=lambda layer, zipf: layer.size == 10 and not zipf
+    )
+    machine, sizes = Measuring(torch.device("cpu"), "test"), (Layer("ten", 10), Layer("six", 6))
+    cases = [(layer, zipf) for layer in sizes for zipf in (False, True)]
+    rows = [kernel_bench.measure(bench, layer, machine, SPEEDS, zipf=zipf, backward=False) for layer, zipf in cases]
+    assert [row.ratio for row in rows] == [1.0, 1.0, None, None]
+    assert str(rows[2]).startswith("| six | uniform | fwd | not measured | 2.000 ")
+    assert "| - / 0.50 / 0.50 | - |" in str(rows[2])
+    assert [line.split("it). ")[-1].split("met. ")[-1] for line in kernel_bench.verdicts(bench, rows)] == [
+        "ten uniform 100%",
+        "- bar: square fwd+bwd, share of attainable, at least 50%: not measured",
+        "ten uniform fwd 1.00",
+    ]
+
+
+def test_top_k_attention_is_judged_where_flash_reads_no_more_keys_and_chunks_are_timed_on_short_rows():
+    bench = bench_top_k_attention.BENCH
+    judged = {(layer.tokens, zipf) for layer in bench.layers for zipf in (False, True) if bench.bars(layer, zipf)}
+    assert judged == {(16_384, False)}
+    assert {layer.tokens for layer in bench.layers if "chunks" in bench.timed(layer)} == {4096}
+    assert all({"flash", "ours"} <= {*bench.timed(layer)} for layer in bench.layers)
 
 
 def test_the_work_of_both_passes_is_the_sum_of_what_their_launches_move_and_of_their_bounds():

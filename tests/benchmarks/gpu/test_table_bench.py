@@ -10,6 +10,7 @@ from benchmarks.gpu.kernel_bench import Work
 from benchmarks.gpu.table_bench import Layer, Row, choose, few_tokens, routes_of, verdicts
 from benchmarks.gpu.timing import Speeds, Times
 from benchmarks.kernels import bench_embedding_bag, bench_peer_experts
+from kernels.tables.routes import TableRoutes
 from tests.benchmarks.gpu.test_figures import CPU, Measuring
 
 LAYER = Layer("small", 5, 12, 64, 8)
@@ -17,7 +18,11 @@ BENCHES = pytest.mark.parametrize("module", [bench_peer_experts, bench_embedding
 
 
 def test_the_share_is_of_the_copy_on_the_bytes_that_must_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"torch": Times([8.0, 9.0, 7.0], [0.5]), "ours": Times([2.0, 1.0, 9.0], [0.25])}
+    times = {
+        "torch": Times([8.0, 9.0, 7.0], [0.5]),
+        "ours": Times([2.0, 1.0, 9.0], [0.25]),
+        "routes": Times([0.5, 0.5, 0.5], [0.1]),
+    }
     monkeypatch.setattr(table_bench, "time_all", lambda functions: times)
     monkeypatch.setattr(table_bench, "calls", lambda *args, **options: {})
     # 1.2 GB in 2 ms are 600 GB/s; our own launches move twice that
@@ -26,11 +31,12 @@ def test_the_share_is_of_the_copy_on_the_bytes_that_must_move(monkeypatch: pytes
     row = table_bench.measure(bench, LAYER, machine, 1e12, zipf=True, backward=True)
     assert row.share == pytest.approx(0.6)
     assert row.text.startswith("| small | Zipf 1.0 | bwd | 8.000 ± ")
-    assert row.text.endswith("| 0.50 / 0.25 | 4.00 | 600 | 60% | 120% |")
+    assert row.text.endswith("| 0.500 ± 0.000 | 0.50 / 0.25 / 0.10 | 4.00 | 3.20 | 600 | 60% | 120% |")
     head = table_bench.head(bench, machine, 1e12, Speeds(1.0, 2e12))
     assert "copy: 1.000 TB/s, of 1 GiB" in head
     assert "the peak is 2.00 TB/s" in head
     assert head.splitlines()[-2].count("|") == row.text.count("|")
+    assert "| torch / ours | torch / (ours + routes) |" in head.splitlines()[-2]
 
 
 @BENCHES
@@ -44,6 +50,29 @@ def test_the_backward_pass_by_itself_gives_the_gradients_of_the_reference(module
     wanted = torch.autograd.grad(module.by_reference(wide), wide.leaves, wide.gradient)
     for one, other in zip(found, wanted, strict=True):  # type: ignore[call-overload]
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_beside_the_functions_the_routes_of_the_inputs_of_ours_are_timed(backward: bool) -> None:
+    bench = replace(bench_peer_experts.BENCH, functions=dict.fromkeys(("torch", "ours"), bench_peer_experts.by_torch))
+    calls = table_bench.calls(bench, LAYER, CPU, zipf=False, backward=backward)
+    assert [*calls] == ["torch", "ours", "routes"]
+    made = [bench.make(LAYER, zipf=False, seed=seed, device=CPU.device).rest.routes for seed in range(4)]
+    for turn in range(4):
+        routes = calls["routes"](turn)
+        assert isinstance(routes, TableRoutes)
+        assert torch.equal(routes.order_C, made[(turn + 2) % 4].order_C)
+
+
+def test_a_bar_is_also_judged_on_tables_as_a_run_holds_them_whose_bytes_are_counted() -> None:
+    rows = {layer.dtype: layer for layer in bench_peer_experts.LAYERS if "columns" not in layer.name}
+    assert {*rows} == {torch.bfloat16, torch.float32}
+    wide = rows[torch.float32]
+    inputs = bench_peer_experts.make(replace(LAYER, dtype=torch.float32), zipf=False, seed=0, device=CPU.device)
+    assert [leaf.dtype for leaf in inputs.leaves] == [torch.bfloat16, *[torch.float32] * 3]
+    bound = {dtype: bench_peer_experts.BENCH.work(replace(wide, dtype=dtype), backward=False).bound for dtype in rows}
+    # a copy reads a row of each table; ids, gates and rows are the same
+    assert bound[torch.float32] - bound[torch.bfloat16] == 2 * wide.tokens * wide.choices * wide.d_model * 2
 
 
 @BENCHES

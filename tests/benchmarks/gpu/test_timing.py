@@ -22,11 +22,18 @@ class _Event:
         return 1.0
 
 
-def test_a_call_is_queued_behind_a_sleep_of_twice_its_host_time(monkeypatch):
-    cycles: list[int] = []
+@pytest.fixture
+def cycles(monkeypatch) -> list[int]:
+    """Of each sleep that was asked for."""
+    asked: list[int] = []
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "_sleep", cycles.append)
+    monkeypatch.setattr(torch.cuda, "_sleep", asked.append)
+    return asked
+
+
+def test_a_call_is_queued_behind_a_sleep_of_twice_its_host_time(monkeypatch, cycles: list[int]):
+    monkeypatch.setattr(timing, "WAITS", 1000.0)
     found = timing.time_all({"slow": lambda turn: time.sleep(0.02), "fast": lambda turn: None}, calls=3)
     assert len(cycles) == 2 * 3
     assert min(cycles[::2]) >= 2 * 20 * 2_000_000
@@ -35,6 +42,22 @@ def test_a_call_is_queued_behind_a_sleep_of_twice_its_host_time(monkeypatch):
     assert len(found["slow"].host) == timing.WARM_UP
     assert min(found["slow"].host) >= 20
     assert re.fullmatch(r"\d{2,}\.\d\d / \d+\.\d\d", timing.hosts(found.values()))
+
+
+def test_a_call_that_waits_for_the_device_is_made_ten_times_behind_a_short_sleep(monkeypatch, cycles: list[int]):
+    """Else a form that reads a flag back takes the time of its step from all that come after it."""
+    monkeypatch.setattr(timing, "WAITS", 3.0)
+    turns: list[int] = []
+
+    def waits(turn: int) -> None:
+        turns.append(turn)
+        time.sleep(0.004)
+
+    found = timing.time_all({"waits": waits, "fast": lambda turn: None}, calls=30)
+    assert turns == [*range(-timing.WARM_UP, 10)]
+    assert found["waits"].gpu == [1.0] * 10
+    assert len(found["fast"].gpu) == 30
+    assert max(cycles) == 2 * 3 * 2_000_000
 
 
 @pytest.mark.parametrize("kind", ["at least", "at most"])

@@ -12,6 +12,7 @@ from benchmarks.kernels.bench_peer_cpu import (
     Contestant,
     Inputs,
     Result,
+    bars,
     beside_the_bar,
     check,
     measure,
@@ -25,6 +26,18 @@ def test_all_forms_are_right_and_ours_saves_numbers_per_copy(contestants: tuple[
     results = measure(contestants, replace(TINY, width=64), turns=2)
     assert [one.name for one in results] == [one.name for one in contestants]
     assert results[-1].saved < 0.2 * results[0].saved
+
+
+@pytest.mark.parametrize(("clock", "cpu", "met"), [(2.82, 3.35, True), (3.35, 2.82, False)])
+def test_the_bar_of_time_is_judged_by_the_cpu_which_counts_no_other_process(clock: float, cpu: float, met: bool):
+    results = [
+        Result(name, 1.0, 1.0, 0.0, 1.0, factor, of_cpu, saved)
+        for name, factor, of_cpu, saved in (("dense", 1.0, 1.0, 10.0), ("ours", clock, cpu, 1.0))
+    ]
+    found, line = bars(results)
+    assert found is met
+    assert f"by the CPU: {'met' if met else '**missed**'}, {cpu} (by the clock {clock})" in line
+    assert bars([results[0], replace(results[1], saved=1.1)])[0] is False
 
 
 def test_beside_the_bar_stand_the_ratios_against_the_other_forms():
