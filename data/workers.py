@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 Item = TypeVar("Item")
-SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 class _Share(IterableDataset[Any]):
@@ -57,8 +57,8 @@ def in_processes(work: Callable[[int, int], Iterator[Item]], *, num_workers: int
 
 @contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Processes that are started inside are not ended by these signals. SLURM sends them to every process of a step; the training process
-    answers them (train/preemption.py) and needs its rows until then. Blocked before they start: booting takes seconds."""
+    """Processes that are started inside are not ended by these signals. SLURM sends them to every process of a step, a terminal Ctrl-C; the
+    training process answers them (train/preemption.py) and needs its rows until then. Blocked before they start: booting takes seconds."""
     resource_tracker.ensure_running()  # started inside, it would unblock SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # As Python would, but at once: its own end waits for a thread that writes a checkpoint, or aborts with it.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
+        os._exit(128 + signal.SIGINT)  # process 1 of a container does not end by its own signals
     return 0
 
 

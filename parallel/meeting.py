@@ -14,10 +14,11 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from uuid import uuid4
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
@@ -29,37 +30,40 @@ logger = logging.getLogger(__name__)
 # The key that ends the waiting of all ranks. Its value is _MET, or the sentence of the first rank that has waited long enough: whoever is
 # first decides for all.
 _END, _MET = "end", "met"
-_KEEPER, _STRANGER = "keeper", "stranger"  # the card of rank 0; the sentence about the first process of another run
+# The card of rank 0 and what its run says of itself; the sentence about the first process of another run.
+_KEEPER, _RUN, _STRANGER = "keeper", "run", "stranger"
 LOOK_S = 1.0  # between two looks at most: 4,096 ranks ask the store 4,096 times a second
+MOST_NAMED = 3  # differences in a sentence
 LEAVE_S = 5.0  # how long who keeps the store stays for the others to hear the sentence
 
 
 @dataclass(frozen=True)
 class Card:
-    """Who has come. run: see `meet`."""
+    """Who has come. key: drawn at random, because two containers may have one host name, and each a process 1."""
 
-    run: str
     rank: int
     host: str
     pid: int
+    key: str
 
     @property
     def process(self) -> str:
         return f"process {self.pid} on {self.host}"
 
     def __str__(self) -> str:
-        return f"{self.process} is rank {self.rank} of {self.run}"
+        return f"rank {self.rank} ({self.process})"
 
 
-def meet(info: ProcessInfo, *, run: str, within_s: float) -> Store:
+def meet(info: ProcessInfo, *, run: Mapping[str, str], within_s: float) -> Store:
     """The store of the run, when every rank has come to it.
 
-    run: what all its processes, and none of another run, say of it before they have talked, in words that a user knows again. within_s:
-    seconds that this rank waits for the others, and for an answer of the store.
+    run: what all its processes, and none of another run, say of it before they have talked, by key. within_s: seconds that this rank
+    waits for the others, and for an answer of the store.
 
     Raises:
         RuntimeError: on every rank that came: a rank is missing, names which; a rank is there twice; the store cannot be opened, reached,
-            is gone or is silent. On a process of another run, which must not be here: names both; the run that is here goes on.
+            is gone or is silent. On a process of another run, which must not be here: names both and what differs; the run that is here
+            goes on.
     """
     meeting = _Meeting(info, run, within_s)
     met: Future[Store] = Future()
@@ -83,11 +87,12 @@ def meet(info: ProcessInfo, *, run: str, within_s: float) -> Store:
 class _Meeting:
     """One rank's part. answered: when somebody was last heard at the other end. keeper: rank 0, once its card was read."""
 
-    def __init__(self, info: ProcessInfo, run: str, within_s: float) -> None:
+    def __init__(self, info: ProcessInfo, run: Mapping[str, str], within_s: float) -> None:
         self.info, self.within_s = info, within_s
-        step = f", SLURM step {info.job}.{info.step}, start {info.restarts + 1}" if info.launcher == "srun" else ""
-        named = f"{run}, {info.world_size} processes{step}"
-        self.mine = Card(named, info.rank, info.node or socket.gethostname(), os.getpid())
+        self.mine = Card(info.rank, info.node or socket.gethostname(), os.getpid(), uuid4().hex)
+        self.run = dict(run) | {"processes": str(info.world_size)}
+        if info.launcher == "srun":
+            self.run |= {"SLURM step": f"{info.job}.{info.step}", "start": str(info.restarts + 1)}
         self.place = f"{info.master_addr}:{info.master_port}"
         self.answered = time.monotonic()
         self.keeper: Card | None = None
@@ -148,24 +153,26 @@ class _Meeting:
     def _enter(self, table: Store) -> None:
         """Leaves this rank's card; first it must be the run of rank 0, and the rank's place be empty. RuntimeError where it is not."""
         text = json.dumps(asdict(self.mine))
-        if self.info.rank == 0:
-            table.compare_set(_KEEPER, "", text)  # a rank 0 elsewhere with this address may have been here first
-        keeper = self._wait(table, _KEEPER, self.within_s)
-        if keeper is None:
+        if self.info.rank == 0 and table.compare_set(_KEEPER, "", text).decode() == text:
+            table.set(_RUN, json.dumps(self.run))  # else a rank 0 elsewhere with this address was here first
+        theirs = self._wait(table, _RUN, self.within_s)
+        if theirs is None:
             raise RuntimeError(self._nobody("who listens there keeps no store of a run"))
-        self.keeper = Card(**json.loads(keeper))
-        if self.keeper.run != self.mine.run:
+        self.keeper = Card(**json.loads(table.get(_KEEPER)))
+        theirs = json.loads(theirs)
+        if keys := [key for key in {**self.run, **theirs} if self.run.get(key) != theirs.get(key)]:
+            mine, its = (_said(run, keys[:MOST_NAMED]) for run in (self.run, theirs))
             sentence = (
-                f"only processes of one run may meet at {self.place}, but {self.mine} and {self.keeper}: if these are two runs, set "
-                "MASTER_PORT (deepspeed: --master_port) to another port for one of them, else give all processes the same config"
+                f"only processes of one run may meet at {self.place}, but {self.mine} has {mine}, and {self.keeper} {its}: if these are "
+                "two runs, set MASTER_PORT (deepspeed: --master_port) to another port for one of them, else give both the same values"
             )
             table.compare_set(_STRANGER, "", sentence)
             raise RuntimeError(sentence)
         other = table.compare_set(f"rank/{self.info.rank}", "", text).decode()
         if other != text:
             sentence = (
-                f"each rank must come once to {self.place}, but {self.mine}, and so is {Card(**json.loads(other)).process}: the run was "
-                "started twice, end one of the two"
+                f"each rank must come once to {self.place}, but there are {self.mine} and {Card(**json.loads(other))}: the run was started "
+                "twice, then end one of the two, or a process died and was started again, then start all again"
             )
             # nobody can know which of the two belongs to the others; a run that has met goes on
             table.compare_set(_END, "", sentence)
@@ -200,11 +207,12 @@ class _Meeting:
         hosts = ", ".join(f"{_named(ranks)} on {host}" for host, ranks in ranks_of.items())
         missing = set(range(size)) - cards.keys()
         what = f"{_named(missing)} never came; there were" if missing else "the last came too late; there are now"
-        stranger = f"; besides, {table.get(_STRANGER).decode()}" if table.check([_STRANGER]) else ""
         sentence = (
-            f"all {size} ranks must meet at {self.place} within {self.within_s:g} s (parallel.meeting_s), but {what} {hosts}: see what "
-            f"the missing have printed, or raise parallel.meeting_s if they only start slowly{stranger}"
+            f"all {size} ranks must meet at {self.place} within {self.within_s:g} s (parallel.meeting_s), but {what} {hosts}: "
+            "see what the missing have printed, or raise parallel.meeting_s if they only start slowly"
         )
+        if table.check([_STRANGER]):  # likely why
+            sentence = f"{table.get(_STRANGER).decode()}; {what} {hosts}"
         table.compare_set(_END, "", sentence)
         return table.get(_END).decode()
 
@@ -233,6 +241,10 @@ def _reach(address: str, port: int, within_s: float) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
+
+
+def _said(run: Mapping[str, str], keys: Iterable[str]) -> str:
+    return ", ".join(f"{key} {run.get(key, 'not there')}" for key in keys)
 
 
 def _stay_for_others(table: Store) -> None:

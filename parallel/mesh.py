@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -166,7 +166,7 @@ def open_mesh(
     node_size: int | None = None,
     timeout_s: float = 600.0,
     meeting_s: float = 600.0,
-    run: str = "a run",
+    run: Mapping[str, str] | None = None,
 ) -> Iterator[Mesh]:
     """Joins the processes of the run and leaves them again.
 
@@ -187,7 +187,7 @@ def open_mesh(
         place = {"RANK": info.rank, "WORLD_SIZE": info.world_size, "LOCAL_RANK": info.local_rank}
         place |= {"MASTER_ADDR": info.master_addr, "MASTER_PORT": info.master_port}
         os.environ |= {name: str(value) for name, value in place.items()}  # torch and DeepSpeed read them there
-        store = _open_store(info, run=run, meeting_s=meeting_s)
+        store = _open_store(info, run=run or {}, meeting_s=meeting_s)
         if store is not None:
             store.set_timeout(timedelta(seconds=timeout_s))
         dist.init_process_group(
@@ -263,7 +263,7 @@ def _node_groups(
             dist.destroy_process_group(group)
 
 
-def _open_store(info: ProcessInfo, *, run: str, meeting_s: float) -> Store | None:
+def _open_store(info: ProcessInfo, *, run: Mapping[str, str], meeting_s: float) -> Store | None:
     """None: torch opens the one that torchrun names."""
     if info.world_size == 1:
         return HashStore()  # needs no port

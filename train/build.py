@@ -25,7 +25,7 @@ from train.backends import Backends, by_layers, choose_backends, excluded, unmea
 from train.config import Config, Layout
 from train.crash import CrashFile
 from train.engine import Engine, LocalMesh, PlainEngine, World
-from train.manifest import config_digest
+from train.identity import in_common
 from train.optimizer import build_optimizer, parameter_groups
 from train.works import works_of
 
@@ -194,13 +194,14 @@ def open_world(
     # torch's own patience is the longer one: the watchdog names what torch would only call a timeout
     timeout_s, meeting_s = max(600.0, 2 * watchdog_s), resolve_meeting_s(config.parallel.meeting_s, info)
     patience = {"timeout_s": timeout_s, "meeting_s": meeting_s}
-    run = f"run.dir {config.run.dir}, config {config_digest(config.model_dump(mode='json'))[:8]}"
     start = contextlib.ExitStack()
     # twice meeting_s: for rank 0 to come, then for the last; timeout_s: for the groups, of which torch itself would tell
     start.enter_context(ended_after(2 * meeting_s + timeout_s, info))
     with (
         start,
-        open_mesh(info, ep_size=layout.ep_size, node_size=layout.node_size, device=device, **patience, run=run) as mesh,
+        open_mesh(
+            info, ep_size=layout.ep_size, node_size=layout.node_size, device=device, **patience, run=in_common(config)
+        ) as mesh,
         crash.watched(),
         watch(mesh, timeout_s=watchdog_s, folder=Path(config.run.dir) / "hang", on_hang=crash.hang),
         contextlib.ExitStack() as engines,

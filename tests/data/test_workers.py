@@ -33,7 +33,7 @@ def children() -> list[int]:
     return [int(pid) for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_readers_go_on_when_another_process_signals_them(number: int):
     before = set(children())
     items = in_processes(numbers, num_workers=2)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -286,3 +287,26 @@ def test_the_help_names_the_rates_that_a_prediction_takes():
     for flag in ("nvlink_gb", "network_gb", "tflops"):
         assert float(defaults["--" + flag.replace("_", "-")]) == getattr(Hardware(), flag)
     assert float(defaults["--disk-gb"]) == Plan().disk_gb
+
+
+def test_ctrl_c_is_no_good_end_in_a_container_whose_first_process_cannot_kill_itself(
+    in_process: Callable[[Callable[[Config, ProcessInfo], None]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    def interrupted(config: Config, info: ProcessInfo) -> None:
+        raise KeyboardInterrupt
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    in_process(interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(os, "kill", lambda pid, number: None)  # as the kernel does for process 1 and a default action
+    monkeypatch.setattr(os, "_exit", leave)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            main(["--config", TINY])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capfd.readouterr().err == "error: interrupted: the same command goes on from the last whole checkpoint\n"

@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,7 @@ from parallel.config import ProcessInfo
 from parallel.meeting import meet
 
 WITHIN_S = 1.0
-RUN = "run.dir runs/a"
+RUN = {"run.dir": "a", "optim.lr": "0.1"}
 
 
 def free_port() -> int:
@@ -34,13 +34,23 @@ def process(rank: int, size: int, port: int) -> ProcessInfo:
     )
 
 
-def card(rank: int, size: int) -> str:
+def card(rank: int) -> str:
     """What a rank leaves in the store."""
-    return json.dumps({"run": f"{RUN}, {size} processes", "rank": rank, "host": "node9", "pid": 7})
+    return json.dumps({"rank": rank, "host": "node9", "pid": 7, "key": "drawn"})
+
+
+def said_of_run(size: int) -> str:
+    """What rank 0 leaves beside its card."""
+    return json.dumps(RUN | {"processes": str(size)})
 
 
 def together(
-    ranks: Sequence[int], size: int, *, port: int | None = None, run: str = RUN, within_s: float = WITHIN_S
+    ranks: Sequence[int],
+    size: int,
+    *,
+    port: int | None = None,
+    run: Mapping[str, str] = RUN,
+    within_s: float = WITHIN_S,
 ) -> list[Any]:
     """What `meet` gave or raised on each of these ranks of so many, which come at once."""
     port = port or free_port()

@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from parallel.config import ParallelConfig, resolve_meeting_s
 from parallel.meeting import _named, meet
 from parallel.mesh import _open_store
-from tests.parallel.comers import RUN, WITHIN_S, card, free_port, process, together
+from tests.parallel.comers import RUN, WITHIN_S, card, free_port, process, said_of_run, together
 
 
 def test_ranks_that_have_all_come_share_a_store_at_once():
@@ -70,7 +70,8 @@ def test_rank_zero_that_never_comes_is_named():
 def test_rank_zero_that_goes_away_ends_the_waiting_of_the_others():
     port = free_port()
     store = TCPStore("127.0.0.1", port, 3, True, timedelta(seconds=5), wait_for_workers=False)
-    store.set("meeting/keeper", card(0, 3))
+    store.set("meeting/keeper", card(0))
+    store.set("meeting/run", said_of_run(3))
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(meet, process(1, 3, port), run=RUN, within_s=60)
         deadline = time.monotonic() + 10
@@ -100,7 +101,7 @@ def test_who_came_while_the_limit_ran_out_is_no_reason_for_a_traceback(monkeypat
 
     def slowly(store: PrefixStore, key: str, amount: int) -> int:
         if key == "late":
-            store.set("rank/1", card(1, 2))
+            store.set("rank/1", card(1))
         return add(store, key, amount)
 
     monkeypatch.setattr(PrefixStore, "add", slowly)

@@ -5,7 +5,7 @@ import itertools
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -16,9 +16,9 @@ from torch._C._distributed_c10d import TCPStore
 from parallel import meeting
 from parallel.config import ProcessInfo
 from parallel.meeting import meet
-from tests.parallel.comers import RUN, WITHIN_S, card, free_port, process, together
+from tests.parallel.comers import RUN, WITHIN_S, card, free_port, process, said_of_run, together
 
-OTHER = "run.dir runs/b"
+OTHER = RUN | {"run.dir": "b", "optim.lr": "0.2"}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def _processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def waiting(info: ProcessInfo, *, run: str = RUN, within_s: float = 60.0) -> Iterator[Any]:
+def waiting(info: ProcessInfo, *, run: Mapping[str, str] = RUN, within_s: float = 60.0) -> Iterator[Any]:
     """The future of a rank that has come and waits for others."""
     with ThreadPoolExecutor(1) as threads:
         future = threads.submit(meet, info, run=run, within_s=within_s)
@@ -55,9 +55,9 @@ def test_a_rank_of_another_run_is_refused_by_name_and_the_run_goes_on(caplog: py
         assert time.monotonic() - began < 5
         assert isinstance(error, RuntimeError)
         said = (
-            f"only processes of one run may meet at 127.0.0.1:{port}, but process 2 on node0 is rank 1 of {OTHER}, 2 processes and "
-            f"process 1 on node0 is rank 0 of {RUN}, 2 processes: if these are two runs, set MASTER_PORT (deepspeed: --master_port) to "
-            "another port for one of them, else give all processes the same config"
+            f"only processes of one run may meet at 127.0.0.1:{port}, but rank 1 (process 2 on node0) has run.dir b, optim.lr 0.2, and "
+            "rank 0 (process 1 on node0) run.dir a, optim.lr 0.1: if these are two runs, set MASTER_PORT (deepspeed: --master_port) to "
+            "another port for one of them, else give both the same values"
         )
         assert str(error) == said
         while not caplog.messages and time.monotonic() < began + 10:
@@ -73,16 +73,16 @@ def test_a_run_whose_rank_went_elsewhere_ends_with_who_came_instead():
     with waiting(process(0, 2, port), within_s=2 * WITHIN_S) as first:
         (stranger,) = together([1], 2, port=port, run=OTHER)
         said = str(first.exception(10))
-    assert "but rank 1 never came; there were rank 0 on node0: see" in said
-    assert said.endswith(f"only start slowly; besides, {stranger}")
+    assert said == f"{stranger}; rank 1 never came; there were rank 0 on node0"
 
 
 def test_a_rank_zero_that_comes_to_another_runs_store_is_refused_by_name():
     port = free_port()
     with waiting(process(0, 2, port)) as first:
         (error,) = together([0], 2, port=port, run=OTHER)
-        assert f"process 2 on node0 is rank 0 of {OTHER}, 2 processes and process 1 on node0 is rank 0 of {RUN}" in str(
-            error
+        assert (
+            "rank 0 (process 2 on node0) has run.dir b, optim.lr 0.2, and rank 0 (process 1 on node0) run.dir a"
+            in str(error)
         )
         together([1], 2, port=port)
         assert first.exception(10) is None
@@ -96,9 +96,9 @@ def test_runs_of_other_sizes_and_other_steps_and_starts_of_a_job_are_other_runs(
         info.model_copy(update={"world_size": 3}),
         *(info.model_copy(update=slurm | more) for more in ({}, {"job": "13"}, {"step": "1"}, {"restarts": 1})),
     ]
-    runs = [meeting._Meeting(info, RUN, WITHIN_S).mine.run for info in infos]
-    assert len(set(runs)) == len(runs)
-    assert runs[-1] == f"{RUN}, 2 processes, SLURM step 12.0, start 2"
+    runs = [meeting._Meeting(info, RUN, WITHIN_S).run for info in infos]
+    assert all(first != second for first, second in itertools.combinations(runs, 2))
+    assert runs[-1] == RUN | {"processes": "2", "SLURM step": "12.0", "start": "2"}
 
 
 def test_a_run_that_was_started_twice_is_told_so_on_all_its_ranks():
@@ -106,10 +106,32 @@ def test_a_run_that_was_started_twice_is_told_so_on_all_its_ranks():
     with waiting(process(0, 3, port)) as first, waiting(process(1, 3, port)) as second:
         (error,) = together([1], 3, port=port)
         assert str(error) == (
-            f"each rank must come once to 127.0.0.1:{port}, but process 3 on node0 is rank 1 of {RUN}, 3 processes, and so is process 2 "
-            "on node0: the run was started twice, end one of the two"
+            f"each rank must come once to 127.0.0.1:{port}, but there are rank 1 (process 3 on node0) and rank 1 (process 2 on node0): the "
+            "run was started twice, then end one of the two, or a process died and was started again, then start all again"
         )
         assert [str(future.exception(10)) for future in (first, second)] == [str(error)] * 2
+
+
+def test_two_containers_with_one_host_name_and_one_process_number_are_two(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(meeting.os, "getpid", lambda: 1)
+    port = free_port()
+    with waiting(process(0, 3, port)), waiting(process(1, 3, port)):
+        (error,) = together([1], 3, port=port)
+        assert "there are rank 1 (process 1 on node0) and rank 1 (process 1 on node0)" in str(error)
+
+
+def test_the_first_three_differences_are_named_and_what_one_run_alone_has():
+    port, other = free_port(), {name: "1" for name in "abcd"}
+    with waiting(process(0, 2, port)) as first:
+        (error,) = together([1], 2, port=port, run=other)
+        assert "has a 1, b 1, c 1, and rank 0 (process 1 on node0) a not there, b not there, c not there:" in str(error)
+        (error,) = together([1], 2, port=port, run={})
+        assert (
+            "has run.dir not there, optim.lr not there, and rank 0 (process 1 on node0) run.dir a, optim.lr 0.1:"
+            in str(error)
+        )
+        together([1], 2, port=port)
+        assert first.exception(10) is None
 
 
 def test_a_run_that_has_met_does_not_mind_that_it_is_started_again():
@@ -160,7 +182,8 @@ def test_a_rank_zero_that_is_stopped_is_named_by_who_waits(monkeypatch: pytest.M
     monkeypatch.setattr(meeting, "LEAVE_S", 0.5)
     port, within_s = free_port(), 2.0 if has_come else 0.5
     rank_zero = TCPStore("127.0.0.1", port, 3, True, timedelta(seconds=5), wait_for_workers=False)
-    rank_zero.set("meeting/keeper", card(0, 3))
+    rank_zero.set("meeting/keeper", card(0))
+    rank_zero.set("meeting/run", said_of_run(3))
     wire = Wire(port)
     if not has_come:
         wire.stop()
