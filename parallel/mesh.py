@@ -177,7 +177,7 @@ def open_mesh(
 
     Raises:
         ValueError: ep_size is above node_size and not a multiple of it, or the ranks were given different sizes.
-        RuntimeError: a rank did not come in time, names which; or a rank of another run came.
+        RuntimeError: a rank did not come in time, names which; or this one belongs to another run than rank 0.
     """
     node_size = node_size or info.world_size
     check_nodes(ep_size=ep_size, node_size=node_size)

@@ -1,4 +1,4 @@
-"""The benchmark of one op on a GPU, from its command line to its table: what all of benchmarks/kernels/bench_*.py share.
+"""The benchmark of one op on a GPU, from its command line to its table: what benchmarks/kernels/bench_OP.py share.
 
 Owns the order: check output and gradients against the reference in float64, and print nothing if one is wrong; time all functions in
 turn over rotating inputs; the table, each row as soon as it is measured; a line for each bar; the profile. Does not own shapes, functions

@@ -19,9 +19,7 @@ from kernels.top_k_attention import top_k_attention, traffic
 from kernels.top_k_attention.reference import reference
 
 JUDGED = 16_384  # the length that the bar is about
-CHUNKED = (
-    4096  # and no longer: the torch backend waits for the device at each chunk, see WAITS of benchmarks/gpu/timing.py
-)
+CHUNKED = 4096  # the longest for the torch backend, which waits for the device at each chunk (WAITS of benchmarks/gpu/timing.py)
 CHECKED = 1024  # positions of the check, whose reference holds all scores in float64
 
 

@@ -84,9 +84,8 @@ def grouped_matmul(
     check_routes(routes, num_copies=num_copies, device=rows_RM.device)
     check_copies(routes, num_rows=rows_RM.shape[0])
     device_type = rows_RM.device.type
-    rows_RM, weights_GMN = map(
-        as_autocast, (rows_RM, weights_GMN)
-    )  # autocast passes F.grouped_mm by (torch 2.13 on CPU)
+    # autocast passes F.grouped_mm by (torch 2.13 on CPU)
+    rows_RM, weights_GMN = map(as_autocast, (rows_RM, weights_GMN))
     if rows_RM.dtype != weights_GMN.dtype:
         raise ValueError(
             f"rows and weights must have one dtype outside autocast, got rows {rows_RM.dtype} and weights "

@@ -1,18 +1,16 @@
 """train/saver.py: saves behind the steps. What is written is what was there at the save, one write at a time, and what ends waits.
 
-The ranks are threads; tests/end_to_end/test_save_behind_steps.py has processes, test_saver_failures.py the writes that fail.
+The ranks are threads; tests/end_to_end/test_save_behind_steps.py has processes, test_saver_failures.py the writes that fail,
+test_saver_write.py has one write by itself.
 """
 
 import contextlib
 import dataclasses
 import logging
-import os
 import re
-import signal
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -220,43 +218,6 @@ def save_on_a_slow_disk(folder: Path) -> str:
     return "the run went on"
 
 
-def test_who_has_waited_for_a_write_finds_nothing_left_of_it():
-    """What the thread still held when it said that it had ended is gone: the process may end."""
-    freed = threading.Event()
-
-    class Slow:
-        def __del__(self):
-            time.sleep(0.3)
-            freed.set()
-
-    write = Write(4, 60.0)
-    write.thread = threading.Thread(target=write.run, args=(partial(id, Slow()),), daemon=True)
-    write.thread.start()
-    write.wait(20)
-    assert not write.is_on
-    assert freed.is_set()
-
-
-def test_an_interrupt_does_not_take_a_live_write_for_an_ended_one(tmp_path: Path):
-    """Thread.join that an exception breaks off forgets the thread (Python 3.11), and then the copy would be freed under it."""
-    free, write = threading.Event(), Write(4, 60.0)
-    write.thread = threading.Thread(target=write.run, args=(lambda: free.wait(20),), daemon=True)
-    write.thread.start()
-    interrupt = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored where a shell began this in the background
-    interrupt.start()
-    with pytest.raises(KeyboardInterrupt):
-        write.wait(20)
-    signal.signal(signal.SIGINT, before)
-    assert write.is_on
-    free.set()
-    write.wait(20)
-    assert not write.is_on
-    assert write.seconds > 0.2
-
-
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_ctrl_c_waits_no_longer_than_a_second_for_a_write(tmp_path: Path, disk: Disk, asynchronous: bool):
     disk.free.clear()
@@ -272,25 +233,6 @@ def test_ctrl_c_waits_no_longer_than_a_second_for_a_write(tmp_path: Path, disk: 
     assert isinstance(errors[0], KeyboardInterrupt)
     assert time.monotonic() - began < 5
     assert latest(tmp_path) is None
-
-
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        (RuntimeError(), "RuntimeError"),
-        (RuntimeError("the disk is gone"), "the disk is gone"),
-        (MemoryError(), "MemoryError"),
-        (OSError(28, "full"), "OSError: [Errno 28] full"),
-    ],
-)
-def test_an_error_without_text_still_says_what_it_was(error: Exception, sentence: str):
-    write = Write(4, 60.0)
-
-    def fail() -> None:
-        raise error
-
-    write.run(fail)
-    assert write.failure == sentence
 
 
 def test_a_copy_that_a_given_up_write_still_reads_is_not_given_back(tmp_path: Path, disk: Disk, monkeypatch: Any):
