@@ -164,6 +164,7 @@ def test_rows_are_loaded_and_stored_by_several_numbers_at_a_time(report: Report)
     one_by_one = {place: moved for place, moved in found.items() if moved[0] < 8 and place.kernel != "step_kernel"}
     assert not one_by_one, "(loaded, stored) bytes: give the compiler a multiple of a constant, or let it specialise"
     rows = {place: moved for place, moved in found.items() if place.kernel in ("mix_kernel", "backward_kernel")}
+    assert {place.kernel for place in rows if place.op == "shift_mix"} == {"mix_kernel", "backward_kernel"}
     assert not {place: moved for place, moved in rows.items() if moved[1] < 8}
 
 
